@@ -87,6 +87,8 @@ def read_list(place: str | Path, columns: Columns = PLAIN, *, need_caption: bool
                 wrong.append(f"{where}: {problem}")
             else:
                 rows.append(CaptionRow(where, _cell(values, columns.video), _cell(values, columns.caption) or None))
+    except UnicodeDecodeError as error:
+        raise DataError(_not_utf8(place, error)) from error
     except (ValueError, csv.Error, OSError) as error:  # pyarrow's errors are ValueErrors or OSErrors
         raise DataError(f"{place}: cannot be read as a list: {_first_line(error)}") from error
     refuse(place, wrong)
@@ -122,7 +124,7 @@ def read_lines(videos: str | Path, captions: str | Path) -> list[CaptionRow]:
         try:
             texts.append(_bytes_of(place).decode("utf-8-sig").removesuffix("\n").split("\n"))
         except UnicodeDecodeError as error:
-            raise DataError(f"{place}: cannot be read as a list: {error}") from error
+            raise DataError(_not_utf8(place, error)) from error
     paths, lines = texts
     while len(paths) > 1 and not paths[-1].strip():  # empty lines at the end; but the last captions may be empty
         paths.pop()
@@ -190,7 +192,11 @@ def _raw_rows(
         yield from _parquet_rows(data, columns, needed, found)
     elif suffix == ".csv":
         csv.field_size_limit(_LONGEST_FIELD)
-        reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True, skipinitialspace=True)
+        text = data.decode("utf-8-sig")
+        names = text.partition("\n")[0]
+        separator = next((each for each in ",;\t" if each in names), ",")  # spreadsheets also write the other two
+        file = io.StringIO(text, newline="")
+        reader = csv.DictReader(file, delimiter=separator, strict=True, skipinitialspace=True)
         _need(needed, reader.fieldnames or ())
         found |= dict.fromkeys(reader.fieldnames or ())
         for values in reader:
@@ -273,12 +279,16 @@ def _object(line: str) -> dict[Any, Any] | str:
 def _problem(values: dict[Any, Any], columns: Columns) -> str:
     """Describe the problem with the values of a row; empty if there is none."""
     if None in values:
-        return "more fields than columns; put a text with commas into quotes"
+        return "more fields than columns; put a text that holds the separator into quotes"
     for names in (columns.video, columns.caption):
         value = _value(values, names)
         if value is not None and not isinstance(value, str):
             return f"its {_named(names)} is {reprlib.repr(value)}, not a text"
     return "" if _cell(values, columns.video) else f"it has no {_named(columns.video)}"
+
+
+def _not_utf8(place: str | Path, error: UnicodeDecodeError) -> str:
+    return f"{place}: cannot be read as a list: not UTF-8 (byte {error.start}); save it as UTF-8"
 
 
 def _first_line(error: Exception) -> str:

@@ -365,6 +365,14 @@ def test_shots_are_cut_where_the_film_cuts(tmp_path: Path) -> None:
     assert [(sample.frames, sample.motion) for sample in uncut] == [(36, None)] * 4
 
 
+def test_pauses_of_a_camera_do_not_shorten_its_segments(tmp_path: Path) -> None:
+    """The rate is that of the frames; with the pauses in it, segments were a few frames long, and left out."""
+    ticks = np.arange(144) * 42 + np.arange(144) // 48 * 600_000  # 2 s each ten minutes, in milliseconds
+    write_video(tmp_path / "camera.mkv", moving_square(144, 64, 96), ticks=ticks.tolist())
+    build_shards([tmp_path / "camera.mkv"], tmp_path / "out", OPTIONS, workers=0)
+    assert [(sample.frames, round(sample.fps)) for sample in samples(tmp_path / "out")] == [(36, 24)] * 3
+
+
 def test_filters_leave_out_with_their_reasons(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     write_video(folder / "good.mp4", moving_square(36))

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from regen_dist.data.build.lists import read_list
+from regen_dist.data.build.lists import CaptionRow, read_list
 from regen_dist.data.build.sources import Sources, find_sources
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
@@ -206,7 +206,8 @@ def test_what_is_no_list_is_told(videos: Path) -> None:
         ("l.csv", b"file,text\nb.mp4,x\n", "every row needs a video; the columns are file, text"),
         ("l.csv", b"", "every row needs a video; the columns are none"),
         ("l.csv", b"video\n", "the list is empty"),
-        ("l.csv", b"video\n\xff\n", "cannot be read as a list"),
+        ("l.csv", b"video\n\xff\n", r"cannot be read as a list: not UTF-8 \(byte 6\); save it as UTF-8"),
+        ("l.csv", b"video;caption\nb.mp4;x;y\n", "more fields than columns; put a text that holds the separator"),
         ("l.parquet", b"PAR1 no", "cannot be read as a list"),
         ("l.jsonl", b"\n\n", "the list is empty"),
     ):
@@ -218,6 +219,13 @@ def test_what_is_no_list_is_told(videos: Path) -> None:
 def test_a_spreadsheet_s_byte_order_mark_is_not_part_of_the_column(videos: Path) -> None:
     (videos / "l.csv").write_bytes("﻿video,caption\nb.mp4,été\n".encode())
     assert read_list(videos / "l.csv").rows[0][1:] == ("b.mp4", "été")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_spreadsheet_s_separator_is_that_of_its_first_line(videos: Path, separator: str) -> None:
+    text = f'video{separator}caption\r\nb.mp4{separator}"a, b; c\td"\r\n'
+    (videos / "l.csv").write_bytes(text.encode("utf-8-sig"))
+    assert read_list(videos / "l.csv").rows == [CaptionRow("line 2", "b.mp4", "a, b; c\td")]
 
 
 def test_captions_for_folders_by_path_or_by_name(videos: Path) -> None:
