@@ -79,6 +79,8 @@ def _default_sheet(dataset: Dataset) -> Path:
 
 
 def _show(overview: Overview, console: Console) -> None:
+    from regen_dist.data.format.manifest import one_line
+
     _table(overview).show(console)
     width = max((len(bar.label) for histogram in overview.histograms.values() for bar in histogram.bars), default=0)
     digits = max(
@@ -91,7 +93,7 @@ def _show(overview: Overview, console: Console) -> None:
     if overview.left_out:
         console.print("\n[bold]left out[/bold], by reason", highlight=False)
         for reason, count in overview.left_out[:_REASONS]:
-            console.print(f"  {count:>{digits},}  {reason}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"  {count:>{digits},}  {one_line(reason)}", highlight=False, markup=False, soft_wrap=True)
         if len(overview.left_out) > _REASONS:
             console.print(f"  and {len(overview.left_out) - _REASONS} more reasons (--json lists all)")
 

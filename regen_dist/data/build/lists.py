@@ -7,6 +7,7 @@ import io
 import json
 import os
 import reprlib
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -86,6 +87,8 @@ def read_list(place: str | Path, columns: Columns = PLAIN, *, need_caption: bool
                 wrong.append(f"{where}: {problem}")
             else:
                 rows.append(CaptionRow(where, _cell(values, columns.video), _cell(values, columns.caption) or None))
+    except UnicodeDecodeError as error:
+        raise DataError(_not_utf8(place, error)) from error
     except (ValueError, csv.Error, OSError) as error:  # pyarrow's errors are ValueErrors or OSErrors
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{place}: cannot be read as a list: {first_line}") from error
@@ -122,7 +125,7 @@ def read_lines(videos: str | Path, captions: str | Path) -> list[CaptionRow]:
         try:
             texts.append(_bytes_of(place).decode("utf-8-sig").removesuffix("\n").split("\n"))
         except UnicodeDecodeError as error:
-            raise DataError(f"{place}: cannot be read as a list: {error}") from error
+            raise DataError(_not_utf8(place, error)) from error
     paths, lines = texts
     while len(paths) > 1 and not paths[-1].strip():  # empty lines at the end; but the last captions may be empty
         paths.pop()
@@ -146,16 +149,21 @@ def refuse(place: str | Path, wrong: list[str]) -> None:
 
 
 def read_captions(place: str | Path, columns: Columns = PLAIN) -> tuple[dict[str, str], str]:
-    """Captions by video name from a list with both columns, and which rows have none; DataError as for `read_list`, and
-    when one video has two captions."""
+    """Captions by video name (`plain_name`) from a list with both columns, and which rows have none; DataError as for
+    `read_list`, and when one video has two captions."""
     captions: dict[str, str] = {}
     wrong = []
     found = read_list(place, columns, need_caption=True)
     for row in found.rows:
-        if row.caption is not None and captions.setdefault(row.video, row.caption) != row.caption:
+        if row.caption is not None and captions.setdefault(plain_name(row.video), row.caption) != row.caption:
             wrong.append(f"{row.where}: another caption for {row.video}")
     refuse(place, wrong)
     return captions, found.uncaptioned
+
+
+def plain_name(name: str) -> str:
+    """A video's name in one spelling: accents as single characters (NFC; macOS writes two), no `./` in front."""
+    return unicodedata.normalize("NFC", name).removeprefix("./")
 
 
 def first_of(names: Sequence[str]) -> str:
@@ -185,7 +193,11 @@ def _raw_rows(
         yield from _parquet_rows(data, columns, needed, found)
     elif suffix == ".csv":
         csv.field_size_limit(_LONGEST_FIELD)
-        reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True, skipinitialspace=True)
+        text = data.decode("utf-8-sig")
+        names = text.partition("\n")[0]
+        separator = next((each for each in ",;\t" if each in names), ",")  # spreadsheets also write the other two
+        file = io.StringIO(text, newline="")
+        reader = csv.DictReader(file, delimiter=separator, strict=True, skipinitialspace=True)
         _need(needed, reader.fieldnames or ())
         found |= dict.fromkeys(reader.fieldnames or ())
         for values in reader:
@@ -268,9 +280,13 @@ def _object(line: str) -> dict[Any, Any] | str:
 def _problem(values: dict[Any, Any], columns: Columns) -> str:
     """Describe the problem with the values of a row; empty if there is none."""
     if None in values:
-        return "more fields than columns; put a text with commas into quotes"
+        return "more fields than columns; put a text that holds the separator into quotes"
     for names in (columns.video, columns.caption):
         value = _value(values, names)
         if value is not None and not isinstance(value, str):
             return f"its {_named(names)} is {reprlib.repr(value)}, not a text"
     return "" if _cell(values, columns.video) else f"it has no {_named(columns.video)}"
+
+
+def _not_utf8(place: str | Path, error: UnicodeDecodeError) -> str:
+    return f"{place}: cannot be read as a list: not UTF-8 (byte {error.start}); save it as UTF-8"

@@ -379,7 +379,9 @@ class Planner:
             if original is None:
                 begun.surveys[number] = self._pool.submit(survey_source, begun.origins[number], self._threshold)
             else:
-                copied[number] = PlannedSource(content, problem=f"duplicate: same content as {original.name}")
+                mine, theirs = (one.caption or one.text_mark for one in (begun.part.sources[number], original))
+                lost = "; its own caption is left out" if mine and mine != theirs else ""
+                copied[number] = PlannedSource(content, problem=f"duplicate: same content as {original.name}{lost}")
         return copied
 
     def _planned(self, source: VideoSource, found: SurveyedSource) -> PlannedSource:

@@ -29,6 +29,7 @@ from regen_dist.data.build.lists import (
     ReadList,
     first_of,
     is_list,
+    plain_name,
     read_captions,
     read_lines,
     read_list,
@@ -482,8 +483,8 @@ def _captioned(found: Sequence[VideoSource], captions: dict[str, str], place: st
 
 def _called(source: VideoSource) -> tuple[str, ...]:
     """Names by which a list may refer to a video, the most exact first: path or file name, with or without ending."""
-    path = PurePosixPath(source.name)
-    return source.name, str(path.with_suffix("")), path.name, path.stem
+    path = PurePosixPath(plain_name(source.name))
+    return str(path), str(path.with_suffix("")), path.name, path.stem
 
 
 def _is_video(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 Kind = Literal["build", "index", "synthetic", "latents"]
 _READS_AT_ONCE = 16
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class _Record(BaseModel):
@@ -318,10 +320,15 @@ def to_json(value: Any) -> bytes:
 def listed(skipped: Sequence[Skip]) -> str:
     """Format the first skipped sources, a line each."""
     lines = [
-        f"  {skip.source}{'' if skip.segment is None else f' segment {skip.segment}'}: {skip.reason}"
-        for skip in skipped
+        one_line(f"  {skip.source}{'' if skip.segment is None else f' segment {skip.segment}'}: {skip.reason}")
+        for skip in skipped[:10]
     ]
-    return "\n".join(lines[:10] + ([f"  and {len(lines) - 10} more"] if len(lines) > 10 else []))
+    return "\n".join(lines + ([f"  and {len(skipped) - 10} more"] if len(skipped) > 10 else []))
+
+
+def one_line(text: str) -> str:
+    """Escape control characters and line ends, which file names may hold, as Python writes them."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 # --- claiming a folder for a dataset: the request is written first; a folder that holds anything else is not changed

@@ -24,8 +24,8 @@ _HEAD = 4096
 
 
 def choose_video(container: InputContainer) -> VideoStream:
-    """The stream with the most pixels, where one that is marked as default counts for five million more; the first of
-    equals. Attached pictures (cover art, thumbnails) are no video.
+    """The stream with the most pixels, where one that is marked as default counts for five million more; of equals the
+    first, but no single picture beside a video (animated AVIF). Attached pictures (cover art, thumbnails) are no video.
 
     Raises:
         DataError: there is no such stream, or no decoder for any.
@@ -45,9 +45,9 @@ def choose_video(container: InputContainer) -> VideoStream:
             "; convert it with an FFmpeg that has one, for example ffmpeg -i IN OUT.mp4"
         )
 
-    def score(stream: VideoStream) -> int:
+    def score(stream: VideoStream) -> tuple[int, bool]:
         pixels = stream.codec_context.width * stream.codec_context.height
-        return pixels + _DEFAULT_PIXELS * bool(stream.disposition & Disposition.default)
+        return pixels + _DEFAULT_PIXELS * bool(stream.disposition & Disposition.default), stream.frames != 1
 
     return max(decodable, key=score)  # the first of equals
 

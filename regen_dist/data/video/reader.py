@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -99,9 +100,12 @@ class VideoReader:
         return Fraction(average or nominal or 0)
 
     def _measured_rate(self) -> Fraction | None:
-        """Frames per second by the timestamps of the first and the last frame; None where these are one frame, or
-        lie too near to each other for their ticks to give a rate that the container does not."""
-        ticks, steps = self.table.pts[-1] - self.table.pts[0], len(self.table.pts) - 1
+        """Frames per second by the timestamps of the first and the last frame, without the gaps between them; None if
+        these are one frame, or lie too near to each other for their ticks to give a rate that the container does not.
+        """
+        pts, gaps = self.table.pts, self.gaps
+        ticks = pts[-1] - pts[0] - sum(pts[number] - pts[number - 1] for number in gaps)
+        steps = len(pts) - 1 - len(gaps)
         if ticks <= 0 or not self.stream.time_base:
             return None
         rates = [rate for rate in (self.stream.guessed_rate, self.stream.average_rate) if rate]
@@ -126,7 +130,7 @@ class VideoReader:
                 problems.append(error)
         raise problems[0]
 
-    @property
+    @cached_property
     def gaps(self) -> list[int]:
         """Numbers of the frames before which the video pauses as if it were another one."""
         return gaps(self.table, float(self.stream.time_base or 0) or 1.0)
@@ -398,7 +402,8 @@ class VideoReader:
         return frame is not None and frame.interlaced_frame
 
     def _times_fields(self, shown: Sequence[int]) -> bool:
-        """Return true if both fields of an H.264 frame have a packet, and a time, of their own: AVCHD, remuxed."""
+        """Return true if both fields of an H.264 frame have a packet, and a time, of their own: AVCHD, remuxed.
+        In a video that begins with whole frames, the intervals show it, which halve."""
         import av
 
         context = self.stream.codec_context
@@ -407,7 +412,10 @@ class VideoReader:
         with suppress(av.FFmpegError):
             decoded = (frame for packet in self._seek(0) for frame in packet.decode())
             frames = list(islice(decoded, _FIRST_FRAMES))
-            return any(f.interlaced_frame for f in frames) and [f.pts for f in frames] != [*shown[: len(frames)]]
+            intervals = np.diff(shown)
+            halved = bool((4 * intervals < 3 * intervals[:1]).any())
+            differ = halved or [f.pts for f in frames] != [*shown[: len(frames)]]
+            return differ and any(f.interlaced_frame for f in frames)
         return False  # told when it is decoded
 
     def _counted_table(self) -> FrameTable:

@@ -85,8 +85,6 @@ def has_variable_rate(table: FrameTable) -> bool:
     films of two rates.
     """
     last = len(table.pts) - 1
-    if last < 1:
-        return False
     pts = np.asarray(table.pts, dtype=np.int64) - table.pts[0]
     off_grid = np.abs(pts * last - np.arange(last + 1) * pts[-1])  # in ticks times `last`: whole numbers, so exact
     return bool(off_grid.max() > last and np.abs(np.diff(pts) * last - pts[-1]).max() > JITTER * pts[-1])

@@ -12,6 +12,7 @@ from launcher.pipelines.schema import load_pipeline
 from launcher.submit import expand_sweep
 from regen_dist.config import load_config, load_saved_config, save_config
 from regen_dist.config.preencode import PreencodeConfig
+from regen_dist.config.yaml_files import dump_yaml, parse_yaml
 from regen_dist.errors import ConfigError
 from tests.helpers.tiny import tiny_run
 
@@ -66,6 +67,14 @@ def test_a_saved_config_reads_back(text: str, tmp_path: Path) -> None:
     assert load_saved_config(tmp_path) == config
     assert load_config(tmp_path / "config.yaml") == config
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["checkpoint"]["url"] == text
+
+
+def test_a_file_is_as_people_write_it() -> None:
+    """Keys in their order, letters of every alphabet, and quotes only where a text would be read as something else."""
+    values = {"prompt": "größe 大", "name": "none", "seed": 1, "sizes": [32, 64], "empty": None}
+    text = 'prompt: größe 大\nname: "none"\nseed: 1\nsizes:\n- 32\n- 64\nempty: null\n'
+    assert dump_yaml(values) == text
+    assert parse_yaml(text) == values
 
 
 def test_the_home_folder_is_expanded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

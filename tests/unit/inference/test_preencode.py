@@ -462,3 +462,14 @@ def test_sums_survive_their_file() -> None:
     assert Sums().to_bytes() == read_sums(store, "latents-000000", Sums().to_bytes()).to_bytes()
     with pytest.raises(DataError, match=r"latents-000000\.statistics\.json: damaged"):
         read_sums(store, "latents-000000", b"{}")
+
+
+def test_sums_of_earlier_versions_are_read_and_of_later_ones_refused() -> None:
+    """A cache that an earlier version began is finished: its sums are read, and written as they were."""
+    data = (Path(__file__).parents[2] / "fixtures/004112b/latents/latents-000000.statistics.json").read_bytes()
+    found = read_sums(Store("unused"), "latents-000000", data)
+    assert found.frames_left_out == 16
+    assert found.to_bytes() == data
+    later = data.replace(b'"format": 1', b'"format": 2')
+    with pytest.raises(DataError, match="it has format 2, this version reads 1"):
+        read_sums(Store("unused"), "latents-000000", later)

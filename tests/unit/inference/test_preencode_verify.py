@@ -68,6 +68,28 @@ def test_a_good_cache_agrees(config: PreencodeConfig) -> None:
     assert told[-1] == ("verify", 4, 4)
 
 
+def test_a_cache_of_two_kinds_of_machines_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of bf16 computes in float32 on a CPU without bf16 instructions: the values differ by the rounding, which
+    is less than half of what is allowed. One shard is made on either machine, both are verified on both."""
+    embedder = saved_run(tmp_path, engine__precision="bf16").folder
+    config = preencode_config(embedder, write_videos(tmp_path, VIDEOS, samples_per_shard=2), tmp_path / "out")
+
+    def move_to_machine(*, is_native: bool) -> None:
+        monkeypatch.setattr("regen_dist.observe.hardware.has_native_bf16", lambda: is_native)
+
+    for number, is_native in enumerate((True, False)):
+        move_to_machine(is_native=is_native)
+        made = preencode(config, task=(number, 2))
+    assert made.manifest is not None
+    allowed = preencode_verify.RELATIVE, preencode_verify.ABSOLUTE["bf16"]
+    for share, agrees in ((1 / 2, True), (0, False)):
+        monkeypatch.setattr(preencode_verify, "RELATIVE", allowed[0] * share)
+        monkeypatch.setitem(preencode_verify.ABSOLUTE, "bf16", allowed[1] * share)
+        for is_native in (True, False):
+            move_to_machine(is_native=is_native)
+            assert (verify_cache(config).mismatches == ()) is agrees
+
+
 def test_the_seed_draws_the_entries(config: PreencodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
     compare = preencode_verify._compare

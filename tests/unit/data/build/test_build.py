@@ -327,6 +327,24 @@ def test_duplicates_are_found_over_parts_and_tasks(sources: Path, tmp_path: Path
     assert objects(tmp_path / "four") == objects(tmp_path / "one")
 
 
+def test_a_caption_that_goes_with_a_duplicate_is_told(sources: Path, tmp_path: Path) -> None:
+    """The same video under five names: with its caption again, with another, with another in a text, with none."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a", "again", "other", "text", "without"):
+        shutil.copyfile(sources / "wide.mp4", folder / f"{name}.mp4")
+    (folder / "text.txt").write_text("a mountain")
+    (tmp_path / "c.csv").write_text("video,caption\na.mp4,a lake\nagain.mp4,a lake\nother.mp4,a hill\n")
+    built = build_shards([folder], tmp_path / "out", OPTIONS, captions=tmp_path / "c.csv", workers=0)
+    same, lost = "duplicate: same content as a.mp4", "; its own caption is left out"
+    assert {skip.source: skip.reason for skip in manifest_of(built).skipped} == {
+        "again.mp4": same,
+        "other.mp4": same + lost,
+        "text.mp4": same + lost,
+        "without.mp4": same,
+    }
+
+
 def test_shots_are_cut_where_the_film_cuts(tmp_path: Path) -> None:
     film = np.concatenate([moving_square(50, seed=1), 255 - moving_square(70, seed=5), moving_square(30, seed=1)])
     write_video(tmp_path / "film.mp4", film)
@@ -345,6 +363,14 @@ def test_shots_are_cut_where_the_film_cuts(tmp_path: Path) -> None:
     build_shards([tmp_path / "film.mp4"], tmp_path / "uncut", replace(OPTIONS, scenes=False), workers=0)
     uncut = samples(tmp_path / "uncut")
     assert [(sample.frames, sample.motion) for sample in uncut] == [(36, None)] * 4
+
+
+def test_pauses_of_a_camera_do_not_shorten_its_segments(tmp_path: Path) -> None:
+    """The rate is that of the frames; with the pauses in it, segments were a few frames long, and left out."""
+    ticks = np.arange(144) * 42 + np.arange(144) // 48 * 600_000  # 2 s each ten minutes, in milliseconds
+    write_video(tmp_path / "camera.mkv", moving_square(144, 64, 96), ticks=ticks.tolist())
+    build_shards([tmp_path / "camera.mkv"], tmp_path / "out", OPTIONS, workers=0)
+    assert [(sample.frames, round(sample.fps)) for sample in samples(tmp_path / "out")] == [(36, 24)] * 3
 
 
 def test_filters_leave_out_with_their_reasons(tmp_path: Path) -> None:

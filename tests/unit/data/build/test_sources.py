@@ -7,17 +7,20 @@ import json
 import math
 import os
 import re
+import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from regen_dist.data.build.lists import read_list
+from regen_dist.data.build.lists import CaptionRow, read_list
 from regen_dist.data.build.sources import Sources, find_sources
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
+
+Form = Literal["NFC", "NFD"]
 
 
 @pytest.fixture
@@ -203,7 +206,8 @@ def test_what_is_no_list_is_told(videos: Path) -> None:
         ("l.csv", b"file,text\nb.mp4,x\n", "every row needs a video; the columns are file, text"),
         ("l.csv", b"", "every row needs a video; the columns are none"),
         ("l.csv", b"video\n", "the list is empty"),
-        ("l.csv", b"video\n\xff\n", "cannot be read as a list"),
+        ("l.csv", b"video\n\xff\n", r"cannot be read as a list: not UTF-8 \(byte 6\); save it as UTF-8"),
+        ("l.csv", b"video;caption\nb.mp4;x;y\n", "more fields than columns; put a text that holds the separator"),
         ("l.parquet", b"PAR1 no", "cannot be read as a list"),
         ("l.jsonl", b"\n\n", "the list is empty"),
     ):
@@ -215,6 +219,13 @@ def test_what_is_no_list_is_told(videos: Path) -> None:
 def test_a_spreadsheet_s_byte_order_mark_is_not_part_of_the_column(videos: Path) -> None:
     (videos / "l.csv").write_bytes("﻿video,caption\nb.mp4,été\n".encode())
     assert read_list(videos / "l.csv").rows[0][1:] == ("b.mp4", "été")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_spreadsheet_s_separator_is_that_of_its_first_line(videos: Path, separator: str) -> None:
+    text = f'video{separator}caption\r\nb.mp4{separator}"a, b; c\td"\r\n'
+    (videos / "l.csv").write_bytes(text.encode("utf-8-sig"))
+    assert read_list(videos / "l.csv").rows == [CaptionRow("line 2", "b.mp4", "a, b; c\td")]
 
 
 def test_captions_for_folders_by_path_or_by_name(videos: Path) -> None:
@@ -233,6 +244,22 @@ def test_captions_for_folders_by_path_or_by_name(videos: Path) -> None:
     assert [(skip.source, skip.reason) for skip in found.skipped] == [
         ("captions.jsonl", "no video: 1 captions without a video (absent.mp4)")
     ]
+
+
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("in_list", ["NFC", "NFD"])
+def test_a_name_is_the_same_however_it_is_spelled(tmp_path: Path, on_disk: Form, in_list: Form) -> None:
+    """Accents as one character or two (macOS), `./` in front as `find` prints it."""
+    name = unicodedata.normalize(on_disk, "café/é.mp4")
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(b"abc")
+    rows: list[dict[str, str | None]] = [{"video": unicodedata.normalize(in_list, "./café/é.mp4"), "caption": "coffee"}]
+    found = find_sources([tmp_path], write_list(tmp_path / "c.csv", rows))
+    assert [(source.name, source.caption) for source in found.found] == [(name, "coffee")]
+    assert found.skipped == ()
+    rows.append({"video": "café/é.mp4", "caption": "tea"})
+    with pytest.raises(DataError, match=r"line 3: another caption for café/é\.mp4"):
+        find_sources([tmp_path], write_list(tmp_path / "c.csv", rows))
 
 
 def test_captions_that_fit_nothing_or_contradict_are_refused(videos: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from regen_dist.data.format.catalogue import RECORD, Dataset, cache_folder, make_once, open_dataset
-from regen_dist.data.format.manifest import Skip, finished_manifest
+from regen_dist.data.format.manifest import Skip, finished_manifest, listed
 from regen_dist.data.storage.connection import StoreLimits
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import DataError
@@ -169,3 +169,11 @@ def test_a_manifest_that_is_removed_meanwhile_is_none(tmp_path: Path, monkeypatc
     """Another task of an array removes it: between two requests it could go, and the task ended in an error."""
     monkeypatch.setattr(Store, "size", lambda *_: 7)
     assert finished_manifest(Store(tmp_path)) is None
+
+
+def test_each_source_that_was_left_out_is_one_line() -> None:
+    """File names may hold line ends and the codes that move a terminal's cursor."""
+    skipped = [Skip(source=name, segment=2, reason="too short") for name in ("a\nb.mp4", "\x1b[2Jé.mp4", "c\u2028.mp4")]
+    names = r"a\nb.mp4", r"\x1b[2Jé.mp4", r"c\u2028.mp4"
+    assert listed(skipped) == "\n".join(f"  {name} segment 2: too short" for name in names)
+    assert listed(skipped * 4).splitlines()[9:] == [f"  {names[0]} segment 2: too short", "  and 2 more"]

@@ -320,6 +320,15 @@ def test_a_file_of_cover_art_alone_says_so(tmp_path: Path) -> None:
         VideoReader(path)
 
 
+def test_an_animated_avif_is_a_video(tmp_path: Path) -> None:
+    """Its first stream is a still picture of the same sides, which ffmpeg's command line takes."""
+    path = tmp_path / "a.avif"
+    ffmpeg(*PATTERN, "-frames:v", "8", "-c:v", "libaom-av1", "-cpu-used", "8", "-pix_fmt", "yuv420p", path)
+    assert sides(path) == (8, 128, 192)
+    with VideoReader(path) as reader:
+        assert reader.rate == 24
+
+
 @pytest.mark.parametrize(
     ("suffix", "order", "second", "options", "expected"),
     [

@@ -200,6 +200,7 @@ def test_a_gap_in_time_is_a_break(tmp_path: Path) -> None:
     with VideoReader(path) as reader:
         assert list(reader.breaks()) == [30]
         assert "3600" in reader.breaks()[30]
+        assert reader.rate == 24
 
 
 def test_a_change_of_size_is_a_break(tmp_path: Path) -> None:
@@ -284,6 +285,20 @@ def test_fields_that_have_a_packet_each(tmp_path: Path, container: str) -> None:
         for numbers in (range(len(levels)), [7], [3, 21]):
             found = [int(frame.to_ndarray()[:16].mean().round()) for _, frame in reader.frames(numbers)]
             assert found == [levels[number] for number in numbers]
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_fields_that_have_a_packet_each_after_whole_frames(tmp_path: Path, container: str) -> None:
+    """A camera may choose picture by picture. The 25 frames at the beginning have one packet each."""
+    path, levels, whole = tmp_path / f"a.{container}", range(40, 220, 6), tmp_path / "whole.h264"
+    x264 = ("-c:v", "libx264", "-x264-params", "interlaced=1:bframes=0", "-pix_fmt", "yuv420p", "-threads", "1")
+    ffmpeg("-f", "lavfi", "-i", "color=gray:size=16x32:rate=25:duration=1", *x264, whole)
+    (tmp_path / "a.h264").write_bytes(whole.read_bytes() + field_pictures(levels))
+    ffmpeg("-fflags", "+genpts", "-i", tmp_path / "a.h264", "-c", "copy", path)
+    with VideoReader(path) as reader:
+        assert (len(reader.table.pts), reader.rate) == (25 + len(levels), 25)
+        found = [int(frame.to_ndarray()[:16].mean().round()) for _, frame in reader.frames(range(25, 55))]
+        assert found == list(levels)
 
 
 def test_repeated_pictures_of_theora_have_no_end_in_them(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from regen_dist.data.video.conversion import Geometry
 from regen_dist.data.video.reader import VideoReader, read_clip
-from regen_dist.data.video.timing import FrameTable, clip_frames, has_variable_rate
+from regen_dist.data.video.timing import FrameTable, clip_frames, gaps, has_variable_rate, presentation_times
 from regen_dist.errors import DataError
 from tests.helpers.video import frame_numbers, numbered_frames, write_video
 
@@ -37,6 +37,8 @@ FILM = 24000 / 1001
         np.concatenate([even(24, 48000, 250), even(25, 48000, 250, 250 * 2000)]),
         [0],
         [7, 90],
+        [0, 2, 5, 6, 8],  # one tick beside the grid, half an interval
+        [0, 11, 22, 33, 42, 51, 60],  # three ticks beside it, a tenth of an interval
     ],
 )
 def test_rounded_and_trembling_clocks_are_constant(ticks: object) -> None:
@@ -46,6 +48,36 @@ def test_rounded_and_trembling_clocks_are_constant(ticks: object) -> None:
         assert clip_frames(table(ticks), 100, 3, 17) == list(range(100, 151, 3))
         assert clip_frames(table(ticks), 499, 1, 1) == [499]
         assert clip_frames(table(ticks), 483, 1, 17) == list(range(483, 500))
+
+
+@pytest.mark.parametrize("ticks", [[0, 2, 6, 7, 8], [0, 111, 222, 333, 422, 511, 600], [0, 10, 20, 30, 70]])
+def test_a_little_more_is_variable(ticks: list[int]) -> None:
+    assert has_variable_rate(table(ticks))
+
+
+@pytest.mark.parametrize(
+    ("found", "times"),
+    [
+        ([0, 10, 20], (0, 10, 20)),
+        ([10, 30, 20], (10, 20, 30)),  # all there and different: only their order is wrong
+        ([None, None, None], (0, 5, 10)),
+        ([7, None, 20], (7, 12, 20)),
+        ([7, None, 9, 30], (7, 12, 17, 30)),  # 9 is not later than 12
+        ([3, 3, 20, 4], (3, 8, 20, 25)),
+        ([-9, -9, 0], (-9, -4, 0)),
+        ([None, 2], (0, 2)),
+    ],
+)
+def test_frames_without_a_time_of_their_own_follow_by_a_step(found: list[int | None], times: tuple[int, ...]) -> None:
+    assert presentation_times(found, 5) == times
+
+
+def test_a_gap_is_long_in_intervals_and_in_seconds() -> None:
+    assert gaps(table([0, 40, 80, 2080, 2120]), 1e-3) == []  # 2 s
+    assert gaps(table([0, 40, 80, 2081, 2121]), 1e-3) == [3]
+    assert gaps(table([0, 300, 600, 3600, 3900]), 1e-3) == []  # 3 s are ten intervals
+    assert gaps(table([0, 300, 600, 3601, 3901, 6902]), 1e-3) == [3, 5]
+    assert gaps(table([5]), 1e-3) == []
 
 
 VARIABLE = {
