@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 Kind = Literal["build", "index", "synthetic", "latents"]
 _READS_AT_ONCE = 16
+MOST_LISTED = 10_000  # skipped sources and notes, each: every rank reads the manifest
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -77,7 +79,9 @@ class SampleDigests(_Record):
 class DatasetManifest(_Record):
     """Contents of a dataset.
 
-    `kind` is the command that made it, `options` its options, `skipped` the sources left out, `notes` the conversions.
+    `kind` is the command that made it, `options` its options, `skipped` the sources left out, `notes` the conversions:
+    at most the first `MOST_LISTED` of each. Where there are more, `skipped_counts` and `note_counts` have the number of
+    all by reason and by kind, and the indices of the shards list them.
     `shards_url` is the location of the tars if they are not beside their indices. `fingerprint` covers the samples'
     bytes and their order; `described` their properties, None in manifests older than this field (the function
     `described` below computes it).
@@ -93,6 +97,23 @@ class DatasetManifest(_Record):
     shards_url: str | None = None
     notes: tuple[Note, ...] = ()
     described: SampleDigests | None = None
+    skipped_counts: dict[str, int] | None = None
+    note_counts: dict[str, int] | None = None
+
+    @property
+    def num_skipped(self) -> int:
+        """Number of sources and segments that were left out."""
+        return sum(self.reasons().values())
+
+    def reasons(self) -> dict[str, int]:
+        """Return the number of sources and segments left out by reason, as `Counts` merges them."""
+        return (
+            Counts(skip.reason for skip in self.skipped).numbers if self.skipped_counts is None else self.skipped_counts
+        )
+
+    def conversions(self) -> dict[str, int]:
+        """Return the number of converted sources by the kind of the conversion."""
+        return Counts(map(_kind, self.notes)).numbers if self.note_counts is None else self.note_counts
 
     def boundaries(self) -> str:
         """Return a digest of the shard boundaries: the number of samples of each shard."""
@@ -186,19 +207,34 @@ def write_manifest(
     Raises:
         DataError: an index is missing or damaged, or none holds a sample.
     """
-    entries, left_out, totals, digest, described = [], list(skipped), _Sums(), Fingerprint(), _Descriptions()
-    notes: dict[Note, None] = {}
+    entries, totals, digest, described = [], _Sums(), Fingerprint(), _Descriptions()
+    left_out, left_out_counts, notes, note_counts = list[Skip](), Counts(), list[Note](), Counts()
+    before = dict[Note, None]()  # notes of the shard before this one, in which its first source may have begun
+
+    def leave_out(some: Iterable[Skip]) -> None:
+        for skip in some:
+            left_out_counts.add(skip.reason)
+            if len(left_out) < MOST_LISTED:
+                left_out.append(skip)
+
+    leave_out(skipped)
     for name, data in read_all(store, indices):
         table, facts = read_index(data)
-        left_out += [Skip(**skip) for skip in facts["skipped"]]
-        notes |= {Note(**note): None for note in facts.get("notes", ())}
+        leave_out(Skip(**skip) for skip in facts["skipped"])
+        these = dict.fromkeys(Note(**note) for note in facts.get("notes", ()))
+        new = [note for note in these if note not in before]
+        before = these
+        note_counts.update(map(_kind, new))
+        notes += new[: MOST_LISTED - len(notes)]
         if table.num_rows:
             entries.append(_entry(name, data, facts, table.num_rows))
             totals.add(table, facts["size"])
             digest.add(table)
             described.add(table)
     if not entries:
-        raise DataError(f"{store.url}: no sample is left; correct the sources or the options:\n{listed(left_out)}")
+        raise DataError(
+            f"{store.url}: no sample is left; correct the sources or the options:\n{listed(left_out, left_out_counts.total)}"
+        )
     manifest = DatasetManifest(
         schema_version=SCHEMA_VERSION,
         kind=kind,
@@ -210,8 +246,12 @@ def write_manifest(
         shards_url=shards_url,
         notes=tuple(notes),
         described=described.digests(),
+        skipped_counts=left_out_counts.numbers if left_out_counts.total > len(left_out) else None,
+        note_counts=note_counts.numbers if note_counts.total > len(notes) else None,
     )
-    data = to_json(manifest.model_dump(mode="json"))
+    # Fields that few manifests need are left out of the others: older programs refuse what they do not know.
+    unneeded = {name for name in ("skipped_counts", "note_counts") if getattr(manifest, name) is None}
+    data = to_json(manifest.model_dump(mode="json", exclude=unneeded))
     if _stored(store) != data:
         store.put(MANIFEST, data)
     return manifest
@@ -317,13 +357,53 @@ def to_json(value: Any) -> bytes:
     return (json_text(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
-def listed(skipped: Sequence[Skip]) -> str:
-    """Format the first skipped sources, a line each."""
+def _kind(note: Note) -> str:
+    return note.note.partition(":")[0]
+
+
+class Counts:
+    """How often each text occurs. Texts that differ only in numbers and file names are merged under their general form;
+    one that is always the same is given in full."""
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        self._groups: dict[str, tuple[str, int]] = {}  # by general form: the form shown, and the number
+        self.update(texts)
+
+    @property
+    def total(self) -> int:
+        """Number of all texts."""
+        return sum(count for _, count in self._groups.values())
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Numbers by text, the most frequent first."""
+        found: Counter[str] = Counter()
+        for shown, count in self._groups.values():
+            found[shown] += count
+        return dict(sorted(found.items(), key=lambda each: (-each[1], each[0])))
+
+    def update(self, texts: Iterable[str]) -> None:
+        """Count further texts."""
+        for text in texts:
+            self.add(text)
+
+    def add(self, text: str) -> None:
+        """Count a further text."""
+        general = re.sub(r"\d+(\.\d+)?", "N", re.sub(r"\S+\.[A-Za-z]\w{1,4}\b", "…", text))
+        if general not in self._groups and len(self._groups) == MOST_LISTED:
+            general = text = "other reasons"
+        shown, count = self._groups.get(general, (text, 0))
+        self._groups[general] = text if text == shown else general, count + 1
+
+
+def listed(skipped: Sequence[Skip], number: int | None = None) -> str:
+    """Format the first of `number` (by default all) skipped sources, a line each."""
+    number = len(skipped) if number is None else number
     lines = [
         one_line(f"  {skip.source}{'' if skip.segment is None else f' segment {skip.segment}'}: {skip.reason}")
         for skip in skipped[:10]
     ]
-    return "\n".join(lines + ([f"  and {len(skipped) - 10} more"] if len(skipped) > 10 else []))
+    return "\n".join(lines + ([f"  and {number - 10:,} more"] if number > 10 else []))
 
 
 def one_line(text: str) -> str:

@@ -211,7 +211,7 @@ def _against_source(manifest: DatasetManifest) -> list[str]:
     """Check that a cache accounts for all of its source videos; older caches do not record their number."""
     if manifest.kind != "latents" or "samples" not in (source := manifest.options.get("source") or {}):
         return []
-    accounted = manifest.totals.samples + len(manifest.skipped)
+    accounted = manifest.totals.samples + manifest.num_skipped
     if accounted == source["samples"]:
         return []
     return [f"{MANIFEST}: entries and what was left out are {accounted}, the videos were {source['samples']}"]
@@ -225,8 +225,12 @@ def _unknown(store: Store, manifest: DatasetManifest, found: dict[str, int]) -> 
     if manifest.kind in ("build", "latents"):
         known |= {name for name in found if _RECORDS.fullmatch(name) or _is_index_alone(name, found)}
     left = [path.name for path in sorted(store.folder.glob(".*.tmp"))] if store.folder is not None else []
+    all_known = manifest.kind != "index" or manifest.skipped_counts is None  # a cut list does not name every tar
     for what, names in (
-        ("not named by the manifest", [printable(name) for name in found if printable(name) not in known]),
+        (
+            "not named by the manifest",
+            [printable(name) for name in found if all_known and printable(name) not in known],
+        ),
         ("left by a killed command (the same command again removes them)", left),
     ):
         if names:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +12,7 @@ import numpy.typing as npt
 
 from regen_dist.data.format.catalogue import Dataset
 from regen_dist.data.format.index import read_index, sample_id
-from regen_dist.data.format.manifest import Skip, Totals, read_all
+from regen_dist.data.format.manifest import Totals, read_all
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -181,20 +179,9 @@ def make_overview(dataset: Dataset, progress: Progress = lambda stage, done, tot
         sources=texts.sources,
         captions=texts.words.total,
         histograms={name: shown for name, shown in histograms.items() if shown.bars},
-        left_out=tuple(count_reasons(dataset.manifest.skipped)),
+        left_out=tuple(dataset.manifest.reasons().items()),
         options=dataset.manifest.options,
     )
-
-
-def count_reasons(skipped: Iterable[Skip]) -> list[tuple[str, int]]:
-    """Count the reasons, most frequent first. Reasons that differ only in numbers and file names are merged; identical
-    ones are given in full."""
-    groups: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for skip in skipped:
-        general = re.sub(r"\S+\.[A-Za-z]\w{1,4}\b", "…", skip.reason)
-        groups[re.sub(r"\d+(\.\d+)?", "N", general)][skip.reason] += 1
-    counted = [(next(iter(each)) if len(each) == 1 else general, each.total()) for general, each in groups.items()]
-    return sorted(counted, key=lambda reason: (-reason[1], reason[0]))
 
 
 class _Shapes:

@@ -11,13 +11,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from regen_dist.data.build.foreign import index_tars
+from regen_dist.data.format import manifest as manifests
 from regen_dist.data.format.catalogue import Dataset, open_dataset
 from regen_dist.data.format.index import SampleFacts
-from regen_dist.data.format.manifest import Skip, write_manifest
+from regen_dist.data.format.manifest import Counts, Note, Skip, read_manifest, write_manifest
 from regen_dist.data.format.writing import NewSample, ShardLimits, ShardWriter, index_name
 from regen_dist.data.inspect import overview
 from regen_dist.data.inspect.contact import choose_rows, write_contact_sheet
-from regen_dist.data.inspect.overview import Bar, Tally, count_reasons, make_overview
+from regen_dist.data.inspect.overview import Bar, Tally, make_overview
 from regen_dist.data.storage.store import Store
 from tests.helpers.datasets import clip, flip_byte, write_tar
 from tools import shards
@@ -125,11 +126,36 @@ def test_the_most_frequent_come_first() -> None:
 
 def test_reasons_are_put_together() -> None:
     reasons = ["same content as a/b.mp4", "same content as d.mkv", "3 frames", "3 frames", "it ends at byte 7"]
-    assert count_reasons([Skip(source="x", reason=reason) for reason in reasons]) == [
+    assert list(Counts(reasons).numbers.items()) == [
         ("3 frames", 2),
         ("same content as …", 2),
         ("it ends at byte 7", 1),
     ]
+
+
+def test_a_long_list_of_what_was_left_out_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest, which every rank reads, names the first alone, and has the number of all."""
+    store = Store(tmp_path)
+    with ShardWriter(store, "shard", ShardLimits(samples=1)) as writer:
+        for number in range(2):
+            writer.add(NewSample(f"key-{number}", clip(8, 32, 32), SampleFacts(8, 32, 32, 24.0, source="long.mp4")))
+            writer.note(Note(source="long.mp4", note="HDR: tone-mapped"))
+            for segment in range(3):
+                writer.skip(Skip(source="a.mp4", segment=segment, reason=f"too short: {segment} frames"))
+    names = [index_name("shard", number) for number in range(writer.shards)]
+    first = [Skip(source="b.mp4", reason="nothing moves")]
+    whole = write_manifest(store, names, "build", {}, first)
+    assert (len(whole.skipped), whole.num_skipped, whole.skipped_counts) == (7, 7, None)
+    assert "_counts" not in (tmp_path / "manifest.json").read_text(), "older programs refuse fields that they lack"
+    monkeypatch.setattr(manifests, "MOST_LISTED", 2)
+    write_manifest(store, names, "build", {}, first)
+    cut = read_manifest(store)
+    assert cut.skipped == whole.skipped[:2]
+    assert (
+        (cut.num_skipped, cut.reasons()) == (7, whole.reasons()) == (7, {"too short: N frames": 6, "nothing moves": 1})
+    )
+    assert cut.notes == whole.notes == (Note(source="long.mp4", note="HDR: tone-mapped"),)  # one source in two shards
+    assert make_overview(open_dataset(tmp_path)).left_out == (("too short: N frames", 6), ("nothing moves", 1))
 
 
 def test_chosen_rows_are_spread() -> None:
