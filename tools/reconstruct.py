@@ -53,7 +53,7 @@ def reconstruct(
     cuts: Annotated[
         bool, typer.Option("--cuts/--no-cuts", help="Begin a new clip at every cut: no clip shows two shots.")
     ] = True,
-    compare: Annotated[bool, typer.Option("--compare", help="Also measure the trivial baselines.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also measure the trivial decoders.")] = False,
 ) -> None:
     """Encode a video clip by clip, decode it from the latents alone, and measure the result.
 
@@ -75,7 +75,7 @@ def reconstruct(
     if (source.height, source.width) != source.stored:
         height, width = source.stored
         console.print(
-            f"The source is resized from {height}x{width} to {source.height}x{source.width} before everything."
+            f"The source is resized from {height}x{width} to {source.height}x{source.width} and compared at that size."
         )
     for note in source.notes:
         console.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
@@ -130,7 +130,7 @@ def _progress(source: SourceVideo) -> Iterator[Callable[[int], None]]:
 
 
 def _table(report: dict[str, Any]) -> Table:
-    """Return the table of measures: one row for the codec and one for each trivial baseline."""
+    """Return the table of measures: one row for the codec and one for each trivial decoder."""
     from regen_dist.evaluation.reconstruction_table import measures_table
 
     video, options = report["video"], report["options"]

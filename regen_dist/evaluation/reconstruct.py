@@ -140,6 +140,7 @@ def _report(
         "stored_height": source.stored[0],
         "stored_width": source.stored[1],
         "cuts": list(cuts),
+        "notes": list(source.notes),
     }
     return {
         "label": label,

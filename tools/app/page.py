@@ -183,7 +183,8 @@ def measures_table(found: Mapping[str, Any]) -> str:
         "video": f"{video['frames']} frames of {video['width']}x{video['height']}",
         "decoder": found["label"],
     }
-    return Table(["measure", "value"], list(values.items())).to_markdown()
+    notes = [("note", note) for note in (*video["notes"], *found["notes"])]
+    return Table(["measure", "value"], [*values.items(), *notes]).to_markdown()
 
 
 def build_page(state: AppState) -> gr.Blocks:
