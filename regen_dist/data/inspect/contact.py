@@ -17,6 +17,7 @@ from regen_dist.data.format.index import Sample
 from regen_dist.data.video.conversion import frame_to_rgb
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
+from regen_dist.tables import counted
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
@@ -119,7 +120,7 @@ def _picture_box(samples: Sequence[Sample]) -> tuple[int, int]:
 
 
 def _card(dataset: Dataset, sample: Sample, box: tuple[int, int]) -> _Card:
-    facts = f"{sample.height}x{sample.width} × {sample.frames} frame{'s'[: sample.frames - 1]} @ {sample.fps:.4g} fps"
+    facts = f"{sample.height}x{sample.width} × {counted(sample.frames, 'frame')} @ {sample.fps:.4g} fps"
     if sample.motion is not None:
         facts += f", motion {sample.motion:.3g}"
     pictures, problem = [], ""
