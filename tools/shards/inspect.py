@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,6 +99,8 @@ def _show(overview: Overview, console: Console) -> None:
 def _table(overview: Overview) -> Table:
     totals = overview.totals
     sources = "" if overview.sources is None else f" from {counted(overview.sources, 'source')}"
+    options = {name: value for name, value in overview.options.items() if name != _LONG}
+    sections = {name: value for name, value in options.items() if isinstance(value, Mapping)}
     rows = {
         "made by": "regen preencode" if overview.kind == "latents" else f"regen shards {overview.kind}",
         "samples": f"{totals.samples:,}{sources}",
@@ -107,10 +109,15 @@ def _table(overview: Overview) -> Table:
         "shards lie in": overview.shards_url or "",
         "captions": f"of {counted(overview.captions, 'sample')}",
         "left out": f"{sum(count for _, count in overview.left_out):,}",
-        "options": ", ".join(f"{name}={value}" for name, value in overview.options.items() if name != _LONG),
+        "options": _settings({name: value for name, value in options.items() if name not in sections}),
+        **{name: _settings(section) for name, section in sections.items()},
         "fingerprint": overview.fingerprint,
     }
     return Table(["", ""], [row for row in rows.items() if row[1]], title=overview.url)
+
+
+def _settings(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
 def _duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tarfile
 from dataclasses import replace
@@ -327,6 +328,8 @@ def test_the_commands_say_that_it_holds_latents(cache_folder: Path, monkeypatch:
     shown = run("inspect", str(cache_folder))
     assert "regen preencode" in shown
     assert "num_frames=5" in shown
+    assert re.search(r"│ preprocessing +│ .*stride=1", shown)
+    assert "{'" not in shown
     assert "squares" not in shown, "the statistics are left to --json"
     assert "Contact sheet" not in shown
     assert json.loads(run("inspect", str(cache_folder), "--json"))["options"]["statistics"]["clips"]["num_clips"] == 6
