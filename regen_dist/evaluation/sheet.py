@@ -61,6 +61,8 @@ def write_sheet(
     others: Mapping[str, Sequence[Frame]],
     *,
     title: str = "",
+    source_label: tuple[str, str] = ("Source", ""),
+    psnr: bool = True,
     errors: bool = True,
 ) -> None:
     """Write the sheet as PNG: a row for the source, then for each of `others` its frames and its amplified error.
@@ -71,13 +73,16 @@ def write_sheet(
         source: one frame [H, W, 3] for each number.
         others: label to frames that correspond to the source's.
         title: title above the rows.
+        source_label: label of the first row, and a note below it.
+        psnr: true to write each frame's PSNR, which means something where it reconstructs the source.
         errors: true to draw the error rows.
     """
     cell = _cell_size(source[0])
-    rows = [_SheetRow("Source", "", _scaled(source, cell), [f"frame {number}" for number in numbers])]
+    rows = [_SheetRow(*source_label, _scaled(source, cell), [f"frame {number}" for number in numbers])]
     for label, frames in others.items():
         quality = [f"{psnr_db(squared_error(a, b)):.1f} dB" for a, b in zip(source, frames, strict=True)]
-        rows.append(_SheetRow(label, "PSNR below", _scaled(frames, cell), quality))
+        note = "PSNR below" if psnr else ""
+        rows.append(_SheetRow(label, note, _scaled(frames, cell), quality if psnr else []))
         if errors:
             wrong = [_error_map(a, b) for a, b in zip(source, frames, strict=True)]
             rows.append(_SheetRow(f"|Error| × {ERROR_GAIN}", "mean over colours", _scaled(wrong, cell), []))
