@@ -341,5 +341,5 @@ def import_model(
 
     for difference in job(export, loaded, write_space):
         typer.echo(f"Note: {difference}")
-    again = f"regen train {shlex.quote(str(config))} …"
+    again = shlex.join(["regen", "train", str(config), *(overrides or [])])
     typer.echo(f"{loaded.checkpoints}: step 0 has the weights of {export}; train on with `{again}`")
