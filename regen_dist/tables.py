@@ -126,6 +126,11 @@ class Table:
         return made
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 shard", "1,024 shards"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def _escaped(cell: str) -> str:
     """Return a cell that cannot end early."""
     return cell.replace("|", "\\|").replace("\n", " ")

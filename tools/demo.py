@@ -41,7 +41,7 @@ def demo(
 ) -> None:
     """Fetch real video, build shards, train on two ranks, stop and resume once, reconstruct a held-out video, report.
 
-    The same command continues where it stopped and skips finished stages. Fails if a trivial baseline does better.
+    The same command continues where it stopped and skips finished stages. Fails if a trivial decoder does as well.
 
     Example: regen demo
     """
@@ -101,7 +101,7 @@ def _reconstruct(paths: _OutputPaths) -> None:
 
 
 def _print_summary(paths: _OutputPaths, seconds: float) -> None:
-    """Print the table, write the page, and fail if a trivial baseline does as well as one decoder step."""
+    """Print the table, write the page, and fail if a trivial decoder does as well as one decoder step."""
     from rich.console import Console
 
     from regen_dist.evaluation.report import decoders_table, read_metrics, trivial_decoders, write_report

@@ -59,7 +59,8 @@ def evaluate(
 
     sides = None if crop is None else parse_size(crop, "--crop")
     changes = {"short_side": short_side, "crop": sides, "frames": frames, "steps": steps, "seed": seed}
-    pinned = load_protocol(protocol, **changes, segment_frames=segment_frames)
+    name = videos.resolve().name if protocol is None else None  # of what is measured, as the page's title
+    pinned = load_protocol(protocol, **changes, segment_frames=segment_frames, name=name or None)
     models = load_models([PACKAGED] if model is None else model,
                          steps=pinned.steps, clip_frames=clip_frames, baselines=baselines)  # fmt: skip
     networks = Networks(
@@ -75,4 +76,4 @@ def evaluate(
     write_text_atomically(out / "evaluation.md", text)
     page = write_page(out, facts)
     print(text)
-    log(f"Written: {page}, {out / 'evaluation.json'}, {out / 'evaluation.md'}")
+    log(f"Written: {page}, {out / 'evaluation.json'}, {out / 'evaluation.md'}", soft_wrap=True)

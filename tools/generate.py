@@ -13,6 +13,7 @@ import typer
 
 from regen_dist.distributed.environment import RankInfo, read_rank_info
 from regen_dist.errors import ConfigError
+from regen_dist.tables import counted
 from tools.checkpoint.maintenance import progress_bar
 from tools.reconstruct import Weights
 from tools.shards.progress import parse_task, stopping_cleanly
@@ -66,7 +67,9 @@ def generate(
     layout: Annotated[
         FileLayout, typer.Option(help="vbench: OUT/PROMPT-0.mp4, …, and the JSON files in OUT-records.")
     ] = FileLayout.numbered,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels; what it was trained on, if known.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH in pixels; the largest of the training by default.")
+    ] = None,
     frames: Annotated[int | None, typer.Option(help="Frames per video, 1: images; longest row by default.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second; what it was trained on by default.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps; the config's by default.")] = None,
@@ -191,13 +194,14 @@ def _note(model: TextToVideoModel, settings: GenerationSettings, media: AnyGiven
 
 
 def _describe(model: TextToVideoModel, settings: GenerationSettings, count: int, *, sized: bool) -> None:
-    from regen_dist.inference.generation_settings import trained_size
+    from regen_dist.inference.generation_settings import trained_sizes
 
-    if not sized and trained_size(model.space) is None:
-        typer.echo("Note: the caches are not of one size; --size gives another", err=True)
-    facts = model.facts()
+    if not sized and (sizes := len(trained_sizes(model.space))) != 1:
+        found = f"have {sizes} sizes, this is the largest" if sizes else "record no size, this is the paper's"
+        typer.echo(f"Note: the caches {found}; --size gives another", err=True)
+    facts, prompts = model.facts(), counted(count, "prompt")
     typer.echo(
-        f"{facts['run']}, {facts['weights']} weights of step {facts.get('step', 'unknown')}: {count} prompts, "
+        f"{facts['run']}, {facts['weights']} weights of step {facts.get('step', 'unknown')}: {prompts}, "
         f"{settings.frames} frames of {settings.height}x{settings.width} at {settings.fps:g} fps, {settings.steps} "
         f"steps of {settings.sampler}, guidance {settings.guidance:g}"
     )

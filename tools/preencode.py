@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from regen_dist.errors import DataError
+from regen_dist.tables import counted
 from tools.shards.build import print_skipped
 from tools.shards.progress import parse_task, progress_bar, stopping_cleanly
 
@@ -68,7 +69,8 @@ def _verify(config: PreencodeConfig, samples: int, seed: int) -> None:
 def _print(made: Preencoded, output: str) -> None:
     if made.shards_made:
         clips, images, cut = made.encoded
-        typer.echo(f"{clips} clips and {images} images in {made.seconds:.1f} s: {made.clips_per_s:.1f} a second")
+        both = f"{counted(clips, 'clip')} and {counted(images, 'image')}"
+        typer.echo(f"{both} in {made.seconds:.1f} s: {made.clips_per_s:.1f} a second")
         if cut:
             typer.echo(f"warning: {cut} captions have more tokens than text.max_tokens keeps, and were cut", err=True)
     if made.manifest is None:
@@ -79,8 +81,8 @@ def _print(made: Preencoded, output: str) -> None:
         return
     totals, options, skipped = made.manifest.totals, made.manifest.options, made.manifest.skipped
     typer.echo(
-        f"{output}: {totals.samples} entries in {totals.shards} shards ({made.shards_made} made now), {len(skipped)} "
-        f"videos and {options['frames_left_out']} frames left out"
+        f"{output}: {totals.samples} entries in {counted(totals.shards, 'shard')} ({made.shards_made} made now), "
+        f"{counted(len(skipped), 'video')} and {counted(options['frames_left_out'], 'frame')} left out"
     )
     source, pixels = options["sizes"]["source_bytes"], options["sizes"]["pixel_bytes"]
     typer.echo(

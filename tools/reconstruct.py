@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from regen_dist.tables import counted
 from tools.shards.progress import stopping_cleanly
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def reconstruct(
     cuts: Annotated[
         bool, typer.Option("--cuts/--no-cuts", help="Begin a new clip at every cut: no clip shows two shots.")
     ] = True,
-    compare: Annotated[bool, typer.Option("--compare", help="Also measure the trivial baselines.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also measure the trivial decoders.")] = False,
 ) -> None:
     """Encode a video clip by clip, decode it from the latents alone, and measure the result.
 
@@ -62,6 +63,7 @@ def reconstruct(
     from rich.console import Console
 
     from regen_dist.evaluation.metrics import Options
+    from regen_dist.evaluation.reconstruct import FILES
     from regen_dist.evaluation.reconstruct import reconstruct as job
     from regen_dist.inference.codec import PACKAGED_EMBEDDER, Codec
     from regen_dist.inference.frames import SourceVideo
@@ -75,7 +77,7 @@ def reconstruct(
     if (source.height, source.width) != source.stored:
         height, width = source.stored
         console.print(
-            f"The source is resized from {height}x{width} to {source.height}x{source.width} before everything."
+            f"The source is resized from {height}x{width} to {source.height}x{source.width} and compared at that size."
         )
     for note in source.notes:
         console.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
@@ -93,15 +95,14 @@ def reconstruct(
     _table(report).show(console)
     for note in report["notes"]:
         console.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
-    names = sorted(path.name for path in out.iterdir() if path.is_file())
-    console.print(f"Written to {out}: " + ", ".join(names), markup=False, soft_wrap=True)
+    console.print(f"Written to {out}: {', '.join(FILES)}", markup=False, soft_wrap=True)
 
 
 def decoder_label(codec: Codec, steps: int) -> str:
     """Name of the decoder in tables and pictures."""
     if codec.kind == "magvit2":
         return "MAGVIT-v2 baseline"
-    return f"REGEN, {steps} step{'s' if steps > 1 else ''}"
+    return f"REGEN, {counted(steps, 'step')}"
 
 
 def model_facts(run: Path, codec: Codec) -> dict[str, Any]:
@@ -130,14 +131,14 @@ def _progress(source: SourceVideo) -> Iterator[Callable[[int], None]]:
 
 
 def _table(report: dict[str, Any]) -> Table:
-    """Return the table of measures: one row for the codec and one for each trivial baseline."""
+    """Return the table of measures: one row for the codec and one for each trivial decoder."""
     from regen_dist.evaluation.reconstruction_table import measures_table
 
     video, options = report["video"], report["options"]
     rate = f"{video['fps']:.4g} fps" + (f" in, {options['fps']:.4g} out" if options["fps"] else "")
     return measures_table(
         [report, *report.get("trivial", {}).values()],
-        title=f"{video['file']}: {_counted(video['frames'], 'frame')} of {video['height']}x{video['width']}, {rate}",
+        title=f"{video['file']}: {counted(video['frames'], 'frame')} of {video['height']}x{video['width']}, {rate}",
         note=_caption(report),
     )
 
@@ -148,10 +149,6 @@ def _caption(report: dict[str, Any]) -> str:
     seams = f"seam ratio {figure(report['seam_ratio'], 3)}, the source's {figure(report['seam_ratio_source'], 3)}"
     size = f"{report['latent_bits_per_pixel']:.3f} bits of latent per pixel, 1:{report['compression']:.0f} of raw RGB"
     encode, decode = (f"{report[f'{what}_frames_per_s']:.1f} frames/s" for what in ("encode", "decode"))
-    clips, cuts = _counted(report["windows"], "clip"), report["video"]["cuts"]
+    clips, cuts = counted(report["windows"], "clip"), report["video"]["cuts"]
     shots = f" in {len(cuts) + 1} shots" if cuts else ""
     return "\n".join([size, f"encodes {encode}, decodes {decode}", f"{clips}{shots}, {seams}"])
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"

@@ -32,7 +32,7 @@ prints a config as a run would see it. Changes can be made in the files, or behi
     regen shards build VIDEOS --out data/train
     regen shards build OTHER_VIDEOS --out data/held_out
 
-    # 2. The embedder. The same command goes on after a stop
+    # 2. The embedder. The same command goes on after a stop. On a CPU without bf16 instructions: engine.precision=fp32
     regen train configs/embedder.yaml --ranks 2
     regen reconstruct VIDEO --run runs/embedder --out runs/reconstructed
 

@@ -248,7 +248,7 @@ def _trivial(name: str, kind: Any, clip_frames: int) -> EvaluatedModel:
         return values * _PIXEL_BITS // (1 if clip == 1 or kind == "blend" else 2)
 
     fingerprint = hashlib.sha256(f"{kind} {clip_frames}".encode()).hexdigest()
-    label = f"{LABELS[kind]} of {clip_frames} frames"
+    label = f"{LABELS[kind]}, clips of {clip_frames}"
     codec = TrivialCodec(kind, clip_frames)
     return EvaluatedModel(name, label, codec, 1, bits, 0, fingerprint, lambda height, width: (0, 0))
 

@@ -41,6 +41,7 @@ PEAK = 255.0
 PSNR_CEILING = 100.0  # dB, the value for equal frames, so that means stay finite
 LATENT_BITS = 16  # a latent value is counted as stored in 16 bits
 RAW_BITS_PER_PIXEL = 24.0
+VMAF_SIDE = 17  # pixels; libvmaf crashes on smaller pictures, measured
 HIGHEST_FPS = 1000
 
 
@@ -349,13 +350,17 @@ def measure(
 ) -> Measurement:
     """Run a roundtrip to its end. VMAF compares lossless 4:2:0 copies in a temporary folder. A new `meter` passed by
     the caller holds the measures of each frame afterwards."""
-    meter = VideoMeter() if meter is None else meter
+    meter, source = VideoMeter() if meter is None else meter, roundtrip.source
+    score = Vmaf(None, "not asked for")
+    if with_vmaf and min(source.height, source.width) < VMAF_SIDE:
+        score = Vmaf(None, f"it needs {VMAF_SIDE} pixels a side, found {source.height}x{source.width}")
+        with_vmaf = False
     with tempfile.TemporaryDirectory() as folder:
         copies = [Path(folder) / name for name in ("source.mp4", "decoded.mp4")]
         remedy = "lossless copies for VMAF lie there: make room, or set TMPDIR to a folder with room"
         with ExitStack() as stack:
             writers = [
-                stack.enter_context(VideoWriter(path, roundtrip.source.rate, crf=0, preset="ultrafast", remedy=remedy))
+                stack.enter_context(VideoWriter(path, source.rate, crf=0, preset="ultrafast", remedy=remedy))
                 for path in (copies if with_vmaf else ())
             ]
             for pair in roundtrip.measured():
@@ -363,7 +368,7 @@ def measure(
                 on_pair(pair)
                 for writer, frame in zip(writers, (pair.source, pair.decoded), strict=False):
                     writer.write(frame)
-        score = vmaf(*copies) if with_vmaf else Vmaf(None, "not asked for")
+        score = vmaf(*copies) if with_vmaf else score
     return _summarise(roundtrip, meter, score)
 
 
@@ -375,7 +380,8 @@ def _summarise(roundtrip: Roundtrip, meter: VideoMeter, score: Vmaf) -> Measurem
     if meter.ssim is None:
         notes.append(f"SSIM: its window of {SSIM_WINDOW} pixels does not fit {source.height}x{source.width}")
     if seam is None:
-        notes.append("seam ratio: the video has no steps between clips, or no others, or nothing moves")
+        more = "all steps between frames, or none, lie between clips, or nothing moves"
+        notes.append(f"seam ratio: {'the video is one clip' if len(roundtrip.plan.starts) == 1 else more}")
     return Measurement(
         psnr_db=meter.psnr_db,
         psnr_mean_over_frames_db=meter.psnr_mean_over_frames_db,

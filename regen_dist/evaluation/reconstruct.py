@@ -25,12 +25,8 @@ from regen_dist.jsontext import json_text
 from regen_dist.models.encoder import Latents
 from regen_dist.observe.hardware import describe_machine, memory_bytes
 
-RECONSTRUCTION, SIDE_BY_SIDE, SHEET, METRICS = (
-    "reconstruction.mp4",
-    "side_by_side.mp4",
-    "contact_sheet.png",
-    "metrics.json",
-)
+FILES = ("reconstruction.mp4", "side_by_side.mp4", "contact_sheet.png", "metrics.json")
+RECONSTRUCTION, SIDE_BY_SIDE, SHEET, METRICS = FILES
 _DIVIDER = 4  # pixels between the two halves of the side-by-side video
 
 
@@ -140,6 +136,7 @@ def _report(
         "stored_height": source.stored[0],
         "stored_width": source.stored[1],
         "cuts": list(cuts),
+        "notes": list(source.notes),
     }
     return {
         "label": label,

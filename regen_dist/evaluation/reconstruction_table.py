@@ -33,7 +33,7 @@ class Measure:
 # Columns of the table; each is an attribute of `evaluation.metrics.Measurement`.
 RECONSTRUCTION_MEASURES = (
     Measure("psnr_db", "PSNR", 2, 1, unit="dB"),
-    Measure("psnr_mean_over_frames_db", "mean over frames", 2, 1),
+    Measure("psnr_mean_over_frames_db", "mean frame PSNR", 2, 1, unit="dB"),
     Measure("ssim", "SSIM", 3, 1),
     Measure("vmaf", "VMAF", 1, 1),
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from regen_dist.data.inspect.contact import FAINT, HEAD, INK, MARGIN, blank_sheet, font, save_png
+from regen_dist.data.inspect.contact import FAINT, HEAD, INK, MARGIN, blank_sheet, font, save_png, title_width
 from regen_dist.evaluation.metrics import psnr_db, squared_error
 from regen_dist.inference.frames import Frame
 
@@ -22,6 +22,7 @@ COLUMNS = 6
 
 _GAP, _LABELS_WIDTH, _CAPTION = 10, 196, 30
 _CELL_WIDTH, _LARGEST_CELL_HEIGHT = 236, 320
+_WIDEST_TITLE = 900  # pixels; a longer one is shortened in its middle where the pictures are not wider
 # matplotlib's colour map of this name as uint8 [256, 3], so that a sheet needs no matplotlib.
 MAGMA = np.frombuffer(
     base64.b85decode(
@@ -60,6 +61,8 @@ def write_sheet(
     others: Mapping[str, Sequence[Frame]],
     *,
     title: str = "",
+    source_label: tuple[str, str] = ("Source", ""),
+    psnr: bool = True,
     errors: bool = True,
 ) -> None:
     """Write the sheet as PNG: a row for the source, then for each of `others` its frames and its amplified error.
@@ -70,13 +73,16 @@ def write_sheet(
         source: one frame [H, W, 3] for each number.
         others: label to frames that correspond to the source's.
         title: title above the rows.
+        source_label: label of the first row, and a note below it.
+        psnr: true to write each frame's PSNR, which means something where it reconstructs the source.
         errors: true to draw the error rows.
     """
     cell = _cell_size(source[0])
-    rows = [_SheetRow("Source", "", _scaled(source, cell), [f"frame {number}" for number in numbers])]
+    rows = [_SheetRow(*source_label, _scaled(source, cell), [f"frame {number}" for number in numbers])]
     for label, frames in others.items():
         quality = [f"{psnr_db(squared_error(a, b)):.1f} dB" for a, b in zip(source, frames, strict=True)]
-        rows.append(_SheetRow(label, "PSNR below", _scaled(frames, cell), quality))
+        note = "PSNR below" if psnr else ""
+        rows.append(_SheetRow(label, note, _scaled(frames, cell), quality if psnr else []))
         if errors:
             wrong = [_error_map(a, b) for a, b in zip(source, frames, strict=True)]
             rows.append(_SheetRow(f"|Error| × {ERROR_GAIN}", "mean over colours", _scaled(wrong, cell), []))
@@ -105,11 +111,11 @@ def _error_map(source: Frame, other: Frame) -> Frame:
 
 
 def _draw(rows: list[_SheetRow], cell: tuple[int, int], title: str) -> Image.Image:
-
     columns = len(rows[0].cells)
     heights = [cell[1] + (_CAPTION if row.captions else 0) for row in rows]
     head = HEAD if title else 0
-    width = 2 * MARGIN + _LABELS_WIDTH + columns * cell[0] + (columns - 1) * _GAP
+    pictures_width = _LABELS_WIDTH + columns * cell[0] + (columns - 1) * _GAP
+    width = 2 * MARGIN + max(pictures_width, min(title_width(title), _WIDEST_TITLE))
     height = 2 * MARGIN + head + sum(heights) + (len(rows) - 1) * _GAP
     image, pen = blank_sheet((width, height), title)
     top = MARGIN + head

@@ -84,6 +84,8 @@ def _write_card(
         sections: Markdown by heading.
     """
     (model, kind), *others = facts.items()
+    # The identity of the data is kept as text, in which several datasets are a list as Python prints it.
+    trained_on = origin.data.get("dataset fingerprint", "not known").translate(dict.fromkeys(map(ord, "[]'")))
     samples = "clips" if isinstance(config, ExportConfig) else "rows"
     rows = {
         model: kind,
@@ -93,7 +95,7 @@ def _write_card(
         "run": f"{origin.run}, step {origin.step:,}, after {origin.samples:,} {samples}, saved {origin.saved_at}",
         "config hash": f"`{origin.config_hash}`",
         "made by": f"regen-dist {origin.version}",
-        "data fingerprint": f"`{origin.data.get('dataset fingerprint', 'not known')}`",
+        "data fingerprint": f"`{trained_on}`",
         "validation": ", ".join(f"{name} {value:.4g}" for name, value in origin.metrics.items()) or "none was recorded",
     }
     table = Table(["", ""], list(rows.items())).to_markdown().rstrip("\n")

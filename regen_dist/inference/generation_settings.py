@@ -97,8 +97,8 @@ def resolve_settings(
     seed: int = 0,
     negative: str | None = None,
 ) -> GenerationSettings:
-    """Fill in settings that are not given from the model's training: the size of its caches (the paper's where they
-    have several), its longest row, its frame rate, and the sampling in its config."""
+    """Fill in settings that are not given from the model's training: the largest size of its caches (the paper's where
+    none is recorded), its longest row, its frame rate, and the sampling in its config."""
     flow, space = model.config.diffusion, model.space
     height, width = size or size_for(space)
     longest = longest_row(model) * space.num_frames or 1
@@ -116,14 +116,14 @@ def longest_row(model: TextToVideoModel) -> int:
 
 
 def size_for(space: LatentSpace) -> tuple[int, int]:
-    """Default (height, width): the size of the caches where they have a single one, else that of the paper."""
-    return trained_size(space) or DEFAULT_SIZE
+    """Default (height, width): the largest size of the caches; that of the paper where none is recorded."""
+    return next(iter(trained_sizes(space)), DEFAULT_SIZE)
 
 
-def trained_size(space: LatentSpace) -> tuple[int, int] | None:
-    """The (height, width) of all videos in the caches; None where there are several sizes, or none is recorded."""
+def trained_sizes(space: LatentSpace) -> list[tuple[int, int]]:
+    """The (height, width) of the videos in the caches, the largest first; empty where none is recorded."""
     sizes = space.facts.get("sizes") or space.facts["preprocessing"].get("buckets") or []
-    return (int(sizes[0][0]), int(sizes[0][1])) if len(sizes) == 1 else None
+    return sorted({(int(height), int(width)) for height, width in sizes}, key=lambda size: (-size[0] * size[1], size))
 
 
 def frame_positions(settings: GenerationSettings, space_fps: float, before: int = 0) -> Positions:

@@ -115,7 +115,7 @@ def memory_bytes(device: torch.device) -> int:
 
 def describe_machine() -> dict[str, Any]:
     """Return the hardware and versions that measurements depend on."""
-    packages = ("regen-dist", "torch", "deepspeed", "av", "scikit-image", "imageio-ffmpeg")
+    packages = ("regen-dist", "torch", "deepspeed", "av", "imageio-ffmpeg")
     gpu = accelerator(torch.device("cuda")) if torch.cuda.is_available() else {}
     return {
         "device": gpu.pop("device", None) or _processor(),

@@ -265,9 +265,11 @@ class Reporter:
         source, made = (to_frames(video[0]) for video in (result.source, result.made))
         numbers = sheet_frames(min(len(source), len(made)))
         path.parent.mkdir(exist_ok=True)
+        generated = bool(result.captions)  # of the same caption, not of the same video: no errors
         write_sheet(
             path, numbers, [source[n] for n in numbers], {result.label: [made[n] for n in numbers]},
-            title=f"step {step}: {result.title}", errors=not result.captions,
+            title=f"step {step}: {result.title}", psnr=not generated, errors=not generated,
+            source_label=("Validation", "through the embedder") if generated else ("Source", ""),
         )  # fmt: skip
         return {"validation/clip": path}
 

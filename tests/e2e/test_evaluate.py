@@ -148,6 +148,7 @@ def test_the_page_holds_all_that_it_shows(place: Path, facts: dict[str, Any]) ->
     assert [name for name in sorted(files) if not (place / "out" / name).is_file()] == []
     assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)", page) == []
     assert facts["protocol_hash"] in page
+    assert "<h1>Evaluation: videos</h1>" in page
     assert "MS-SSIM: its five scales take 161 pixels a side" in page
     embedded = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
     assert [len(model["curves"]["psnr_db"]) for model in embedded["videos"][0]["models"]] == [FRAMES] * 5

@@ -42,6 +42,7 @@ class Video(NamedTuple):
     caption: str | None = None
     damaged: bool = False
     said: int | None = None
+    fps: float = FPS
 
 
 class StandInText:
@@ -85,8 +86,10 @@ def _sample(folder: Path, number: int, video: Video) -> NewSample:
     data = b"no video"
     if not video.damaged:
         frames = moving_square(video.frames, video.height, video.width, seed=number)
-        data = write_video(folder / "made" / f"{number}.mp4", frames, fps=FPS).read_bytes()
-    described = SampleFacts(video.said or video.frames, video.height, video.width, FPS, f"{number}.mp4", video.caption)
+        data = write_video(folder / "made" / f"{number}.mp4", frames, fps=video.fps).read_bytes()
+    described = SampleFacts(
+        video.said or video.frames, video.height, video.width, video.fps, f"{number}.mp4", video.caption
+    )
     return NewSample(f"video-{number}", data, described)
 
 

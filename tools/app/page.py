@@ -183,7 +183,8 @@ def measures_table(found: Mapping[str, Any]) -> str:
         "video": f"{video['frames']} frames of {video['width']}x{video['height']}",
         "decoder": found["label"],
     }
-    return Table(["measure", "value"], list(values.items())).to_markdown()
+    notes = [("note", note) for note in (*video["notes"], *found["notes"])]
+    return Table(["measure", "value"], [*values.items(), *notes]).to_markdown()
 
 
 def build_page(state: AppState) -> gr.Blocks:
@@ -218,7 +219,7 @@ def _reconstruct_tab(state: AppState, status: gr.HTML, page: gr.Blocks) -> None:
     models = state.names("embedder")
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            file = gr.File(label="Video", elem_id="video", height=120)
+            file = gr.File(label="Video", elem_id="video", height=150)
             gr.Markdown(f"<small>{state.limits.text()}</small>")
             model = gr.Dropdown(models, value=models[0] if models else None, label="Model")
             steps = gr.Slider(1, 16, value=1, step=1, label="Decoder steps")
@@ -229,7 +230,7 @@ def _reconstruct_tab(state: AppState, status: gr.HTML, page: gr.Blocks) -> None:
             video = gr.Video(
                 label="Source and reconstruction, side by side", interactive=False, autoplay=True, loop=True
             )
-            sheet = gr.Image(label="Frames, reconstruction, and the error (4 times amplified)", **_SHOWN_ONLY)
+            sheet = gr.Image(label="Frames, reconstruction, and the error", show_label=False, **_SHOWN_ONLY)
             table = gr.Markdown(elem_id="measures")
     page.load(lambda: gr.Dropdown(state.refreshed("embedder")), None, model, **_QUIET)
 
@@ -260,7 +261,7 @@ def _generate_tab(state: AppState, status: gr.HTML, page: gr.Blocks) -> None:
         with gr.Column(scale=1, min_width=280):
             prompt = gr.Textbox(label="Prompt", lines=2, max_length=LONGEST_PROMPT)
             negative = gr.Textbox(label="Negative prompt", max_length=LONGEST_PROMPT)
-            image = gr.File(label="First frame (PNG, JPEG, WebP; optional)", elem_id="image", height=120)
+            image = gr.File(label="First frame (PNG, JPEG, WebP; optional)", elem_id="image", height=150)
             model = gr.Dropdown(models, value=first, label="Text-to-video model")
             embedder = gr.Dropdown(embedders, value=own, label="Its embedder")
             samples = gr.Slider(1, 8, value=1, step=1, label="Samples")

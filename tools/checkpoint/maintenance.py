@@ -13,7 +13,7 @@ import typer
 
 from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.jsontext import json_text
-from regen_dist.tables import Column, Table, numbers
+from regen_dist.tables import Column, Table, counted, numbers
 from tools.reconstruct import Weights
 from tools.shards.progress import stopping_cleanly
 
@@ -212,7 +212,7 @@ def verify(
 def _line(entry: CheckpointEntry) -> str:
     if entry.manifest is None:
         return f"step {entry.step}: DAMAGED, its manifest cannot be read"
-    size = f"{len(entry.manifest.files)} files, {entry.manifest.size_bytes / 1e6:,.1f} MB"
+    size = f"{counted(len(entry.manifest.files), 'file')}, {entry.manifest.size_bytes / 1e6:,.1f} MB"
     return f"step {entry.step}: {f'DAMAGED, {len(entry.problems)} of its' if entry.problems else 'ok,'} {size}"
 
 
@@ -341,5 +341,5 @@ def import_model(
 
     for difference in job(export, loaded, write_space):
         typer.echo(f"Note: {difference}")
-    again = f"regen train {shlex.quote(str(config))} …"
+    again = shlex.join(["regen", "train", str(config), *(overrides or [])])
     typer.echo(f"{loaded.checkpoints}: step 0 has the weights of {export}; train on with `{again}`")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from regen_dist.tables import counted
 from tools.shards.progress import Workers, parse_task, progress_bar, stopping_cleanly
 
 if TYPE_CHECKING:
@@ -113,17 +114,21 @@ def build(
 
 
 def _print_summary(manifest: DatasetManifest, made: int, out: str) -> None:
-    totals, skipped = manifest.totals, manifest.skipped
-    typer.echo(
-        f"{out}: {totals.samples} samples, {totals.seconds:.0f} s of video, {totals.bytes / 1e6:.1f} MB in "
-        f"{totals.shards} shards ({made} made now), {len(skipped)} left out"
-    )
+    skipped = manifest.skipped
+    typer.echo(f"{out}: {_totals(manifest)} ({made} made now), {len(skipped)} left out")
     print_notes(manifest)
     if not skipped:
         return
     for kind, number in Counter(skip.reason.partition(":")[0] for skip in skipped).most_common():
         typer.echo(f"{number:8d}  {kind}")
     print_skipped(manifest)
+
+
+def _totals(manifest: DatasetManifest) -> str:
+    """Describe samples, seconds, bytes and shards of a dataset in one line."""
+    totals = manifest.totals
+    samples, shards = counted(totals.samples, "sample"), counted(totals.shards, "shard")
+    return f"{samples}, {totals.seconds:.0f} s of video, {totals.bytes / 1e6:.1f} MB in {shards}"
 
 
 def print_skipped(manifest: DatasetManifest) -> None:
@@ -139,7 +144,7 @@ def print_skipped(manifest: DatasetManifest) -> None:
 def print_notes(manifest: DatasetManifest) -> None:
     """Print the number of conversions by kind; manifest.json names each source."""
     for kind, number in Counter(note.note.partition(":")[0] for note in manifest.notes).most_common():
-        typer.echo(f"Converted, {kind}: {number} sources; manifest.json says how under notes")
+        typer.echo(f"Converted, {kind}: {counted(number, 'source')}; manifest.json says how under notes")
 
 
 # `regen shards index`: index existing WebDataset tars.
@@ -167,11 +172,8 @@ def index(
     unwanted = LeftOut.of(hdr, interlaced)
     with stopping_cleanly(), progress_bar() as progress:
         made = index_tars(url, out, workers=workers, skip_broken=skip_broken, unwanted=unwanted, progress=progress)
-    manifest, totals = made.manifest, made.manifest.totals
-    typer.echo(
-        f"{out or url}: {totals.samples} samples, {totals.seconds:.0f} s of video, {totals.bytes / 1e6:.1f} MB in "
-        f"{totals.shards} shards ({made.shards_made} indexed now), {len(manifest.skipped)} left out"
-    )
+    manifest = made.manifest
+    typer.echo(f"{out or url}: {_totals(manifest)} ({made.shards_made} indexed now), {len(manifest.skipped)} left out")
     print_skipped(manifest)
     print_notes(manifest)
 
@@ -225,8 +227,4 @@ def synthetic(
     if made.manifest is None:
         typer.echo(f"{out}: {made.shards_made} shards made; {made.samples_missing} samples are left to other tasks")
         return
-    totals = made.manifest.totals
-    typer.echo(
-        f"{out}: {totals.samples} samples, {totals.seconds:.0f} s of video, {totals.bytes / 1e6:.1f} MB in "
-        f"{totals.shards} shards ({made.shards_made} made now)"
-    )
+    typer.echo(f"{out}: {_totals(made.manifest)} ({made.shards_made} made now)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,7 @@ import typer
 
 from regen_dist.errors import DataError
 from regen_dist.jsontext import json_text
-from regen_dist.tables import Table, numbers
+from regen_dist.tables import Table, counted, numbers
 from tools.shards.progress import Workers, progress_bar
 
 if TYPE_CHECKING:
@@ -100,19 +100,26 @@ def _show(overview: Overview, console: Console) -> None:
 
 def _table(overview: Overview) -> Table:
     totals = overview.totals
-    sources = "" if overview.sources is None else f" from {overview.sources:,} sources"
+    sources = "" if overview.sources is None else f" from {counted(overview.sources, 'source')}"
+    options = {name: value for name, value in overview.options.items() if name != _LONG}
+    sections = {name: value for name, value in options.items() if isinstance(value, Mapping)}
     rows = {
         "made by": "regen preencode" if overview.kind == "latents" else f"regen shards {overview.kind}",
         "samples": f"{totals.samples:,}{sources}",
-        "length": f"{_duration(totals.seconds)}, {totals.frames:,} frames",
-        "size": f"{totals.bytes / 1e6:,.1f} MB in {totals.shards:,} shards",
+        "length": f"{_duration(totals.seconds)}, {counted(totals.frames, 'frame')}",
+        "size": f"{totals.bytes / 1e6:,.1f} MB in {counted(totals.shards, 'shard')}",
         "shards lie in": overview.shards_url or "",
-        "captions": f"{overview.captions:,} samples have one",
+        "captions": f"of {counted(overview.captions, 'sample')}",
         "left out": f"{sum(count for _, count in overview.left_out):,}",
-        "options": ", ".join(f"{name}={value}" for name, value in overview.options.items() if name != _LONG),
+        "options": _settings({name: value for name, value in options.items() if name not in sections}),
+        **{name: _settings(section) for name, section in sections.items()},
         "fingerprint": overview.fingerprint,
     }
     return Table(["", ""], [row for row in rows.items() if row[1]], title=overview.url)
+
+
+def _settings(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
 def _duration(seconds: float) -> str:
@@ -268,15 +275,16 @@ def _buckets(data: SampleSet[Any]) -> Table:
 
 
 def _batch(data: SampleSet[Any], step: int) -> str:
-    """Return one line per sample, wide and unformatted: it is copied and searched rather than read."""
+    """Return one line per sample, as wide as it is: it is copied and searched, too."""
     batch = data.order.global_batch(step - 1)
     height, width, frames = batch.bucket
-    lines = [f"step {step}: {len(batch.rows)} clips of {frames} x {height} x {width}", "epoch  id  key  shard  dataset"]
+    rows = []
     for place, epoch in zip(data.places(batch), batch.epochs.tolist(), strict=True):
         dataset = data.datasets[place.dataset]
         sample = dataset.sample(place.row.row)
-        lines.append(f"{epoch}  {sample.id}  {sample.key}  {sample.shard}  {dataset.store.url}")
-    return "\n".join(lines)
+        rows.append((str(epoch), str(sample.id), sample.key, sample.shard, dataset.store.url))
+    table = Table([*numbers("epoch", "id"), "key", "shard", "dataset"], rows)
+    return "\n".join([f"step {step}: {len(rows)} clips of {frames} x {height} x {width}", *table.to_lines()])
 
 
 # `regen shards verify`: integrity of a dataset.
@@ -316,8 +324,8 @@ def verify(
     for note in result.notes:
         typer.echo(f"Note: {note}")
     if result.bad:
-        title = f"{len(result.bad)} problems in {url}; {_REMEDIES[result.manifest.kind]}:"
+        title = f"{counted(len(result.bad), 'problem')} in {url}; {_REMEDIES[result.manifest.kind]}:"
         raise DataError("\n".join([title, *result.bad]))
     totals = result.manifest.totals
     checked = _UNPACKED if depth == "deep" and result.manifest.kind == "latents" else _CHECKED[depth]
-    typer.echo(f"{url}: {checked}: {totals.samples} samples in {totals.shards} shards")
+    typer.echo(f"{url}: {checked}: {counted(totals.samples, 'sample')} in {counted(totals.shards, 'shard')}")

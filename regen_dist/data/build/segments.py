@@ -32,6 +32,7 @@ from regen_dist.data.video.transcode import (
     probe_video,
 )
 from regen_dist.errors import AccessDenied, BucketMissing, DataError, DiskFull, ObjectDenied, StoreUnavailable
+from regen_dist.tables import counted
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
@@ -214,7 +215,8 @@ def _kept(info: VideoInfo, stretches: Sequence[DecodableSpan], options: BuildOpt
 
 def _too_short(start: int, stop: int, options: BuildOptions) -> str:
     frames = stop - start
-    return f"too short: {frames} frames, below --min-frames {options.min_frames}" if frames < options.min_frames else ""
+    shown = counted(frames, "frame")
+    return f"too short: {shown}, below --min-frames {options.min_frames}" if frames < options.min_frames else ""
 
 
 def _frozen(change: Float32s, start: int, stop: int, options: BuildOptions) -> str:

@@ -18,6 +18,7 @@ from regen_dist.data.format.index import Sample
 from regen_dist.data.video.conversion import frame_to_rgb
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
+from regen_dist.tables import counted
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
@@ -50,6 +51,12 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 BACKGROUND, INK, FAINT = "#ffffff", "#181c24", "#707886"
 MARGIN, HEAD = 28, 52  # pixels around a sheet, and of its title
+_TITLE_SIZE = 24
+
+
+def title_width(title: str) -> int:
+    """Return the pixels that a sheet's title takes when nothing of it is left out."""
+    return math.ceil(font(_TITLE_SIZE, bold=True).getlength(title))
 
 
 def blank_sheet(size: tuple[int, int], title: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -58,7 +65,7 @@ def blank_sheet(size: tuple[int, int], title: str) -> tuple[Image.Image, ImageDr
 
     image = Image.new("RGB", size, BACKGROUND)
     pen = ImageDraw.Draw(image)
-    bold = font(24, bold=True)
+    bold = font(_TITLE_SIZE, bold=True)
     pen.text((MARGIN, MARGIN), _shortened(title, bold, size[0] - 2 * MARGIN) if title else "", fill=INK, font=bold)
     return image, pen
 
@@ -114,7 +121,7 @@ def _picture_box(samples: Sequence[Sample]) -> tuple[int, int]:
 
 
 def _card(dataset: Dataset, sample: Sample, box: tuple[int, int]) -> _Card:
-    facts = f"{sample.height}x{sample.width} × {sample.frames} frame{'s'[: sample.frames - 1]} @ {sample.fps:.4g} fps"
+    facts = f"{sample.height}x{sample.width} × {counted(sample.frames, 'frame')} @ {sample.fps:.4g} fps"
     if sample.motion is not None:
         facts += f", motion {sample.motion:.3g}"
     pictures, problem = [], ""
@@ -208,7 +215,9 @@ def _prefix(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Shorten a text to `width` in the middle, because names differ at their ends."""
+    """Shorten a text that is wider than `width` in the middle, because names differ at their ends."""
+    if font.getlength(text) <= width:
+        return text
     kept = _fitting(len(text), lambda count: font.getlength(_without_middle(text, count)) <= width)
     return _without_middle(text, kept)
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from PIL import Image
 
 from regen_dist.data.video.colour import Primaries, Transfer
 from regen_dist.data.video.conversion import BT709_MATRIX, FULL_RANGE, LIMITED_RANGE, RESIZE
 from regen_dist.errors import DataError
 from regen_dist.evaluation.metrics import PSNR_CEILING, VideoMeter, bits_per_pixel, psnr_db, seam_ratio, ssim, vmaf
-from regen_dist.evaluation.sheet import MAGMA
+from regen_dist.evaluation.sheet import MAGMA, write_sheet
 from regen_dist.inference.frames import VideoWriter
 
 
@@ -120,3 +121,16 @@ def test_numbers_of_colours_and_scaling_are_those_of_ffmpeg() -> None:
     }
     assert {each.name: int(each) for each in Transfer} == {each.name: int(ColorTrc[each.name]) for each in Transfer}
     assert (LIMITED_RANGE, FULL_RANGE, BT709_MATRIX) == (ColorRange.MPEG, ColorRange.JPEG, Colorspace.ITU709)
+
+
+def test_the_title_of_a_sheet_of_one_frame_is_whole(tmp_path: Path) -> None:
+    heads = []
+    for number in (1, 6):
+        frames = [flat(100, 64)] * number
+        sheet = tmp_path / f"{number}.png"
+        write_sheet(sheet, range(number), frames, {"decoder": frames}, title="a.mp4   27.31 dB, 2.073 bits per pixel")
+        with Image.open(sheet) as image:
+            heads.append(np.asarray(image)[:60].min(axis=(0, 2)))  # the darkest of each column
+    written = [np.flatnonzero(head < 128) for head in heads]
+    assert len(written[1]) > 100
+    np.testing.assert_array_equal(*written)

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from regen_dist.errors import ConfigError, DataError, RegenError
-from regen_dist.evaluation.metrics import Measurement, Options, Roundtrip, measure
+from regen_dist.evaluation.metrics import VMAF_SIDE, Measurement, Options, Roundtrip, measure
 from regen_dist.evaluation.reconstruct import LABELS, TRIVIAL_KINDS, TrivialCodec, reconstruct
 from regen_dist.inference.codec import Window
 from regen_dist.inference.frames import SourceVideo, VideoWriter
 from regen_dist.inference.long_video import VideoCodec
-from tests.helpers.video import frame_numbers, numbered_frames
+from tests.helpers.video import ffmpeg, frame_numbers, numbered_frames
 from tests.helpers.video import write_video as video_file
 
 FILES = {"reconstruction.mp4", "side_by_side.mp4", "contact_sheet.png", "metrics.json"}
@@ -128,10 +128,19 @@ def test_short_videos(tmp_path: Path, num_frames: int) -> None:
     assert (report["seam_ratio"] is None) == (num_frames < 10)
 
 
-def test_small_frames_have_no_ssim_and_say_so(tmp_path: Path) -> None:
+def test_small_frames_have_no_ssim_and_no_vmaf_and_say_so(tmp_path: Path) -> None:
     report = run(make_video(tmp_path / "small.mp4", 3, 8, 10), tmp_path / "out")
-    assert report["ssim"] is None
-    assert any(note.startswith("SSIM") for note in report["notes"])
+    assert report["ssim"] is report["vmaf"] is report["seam_ratio"] is None
+    assert list(report["notes"]) == [
+        "VMAF: it needs 17 pixels a side, found 8x10",
+        "SSIM: its window of 11 pixels does not fit 8x10",
+        "seam ratio: the video is one clip",
+    ]
+
+
+def test_the_smallest_frames_that_have_a_vmaf(tmp_path: Path) -> None:
+    report = run(make_video(tmp_path / "small.mp4", 3, VMAF_SIDE, VMAF_SIDE), tmp_path / "out")
+    assert report["vmaf"] is not None
 
 
 def test_resized_source(video: Path, tmp_path: Path) -> None:
@@ -142,6 +151,12 @@ def test_resized_source(video: Path, tmp_path: Path) -> None:
     assert report["video"]["frames"] == 10
     assert report["trivial"]["mean"]["psnr_db"] == pytest.approx(report["psnr_db"])
     assert report["trivial"]["blend"]["psnr_db"] > report["trivial"]["mean"]["psnr_db"]
+
+
+def test_what_was_converted_on_reading_is_recorded(tmp_path: Path) -> None:
+    ffmpeg("-f", "lavfi", "-i", "testsrc=size=32x24:rate=10", "-t", "0.3", "-vf", "setsar=2", tmp_path / "wide.mp4")
+    report = run(tmp_path / "wide.mp4", tmp_path / "out")
+    assert report["video"]["notes"] == ["non-square pixels: of 2:1, 24x32 scaled to 24x64"]
 
 
 def test_a_lossless_codec_is_measured_as_one(video: Path) -> None:

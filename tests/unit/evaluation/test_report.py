@@ -99,7 +99,7 @@ def test_rows(folders: tuple[Path, Path]) -> None:
     table = decoders_table([read_metrics(folders[1])])
     assert (len(table.rows), table.styles) == (4, {0: "bold"})
     assert table.rows[0][1:] == table.rows[3][1:]  # our stand-in is the mean of the clip
-    assert [column.name for column in table.header] == ["decoder", "PSNR dB", "mean over frames", "SSIM", "VMAF"]
+    assert [column.name for column in table.header] == ["decoder", "PSNR dB", "mean frame PSNR dB", "SSIM", "VMAF"]
 
 
 def test_curves() -> None:

@@ -329,11 +329,11 @@ class TestSettings:
         assert (settings.steps, settings.guidance, settings.sampler) == (4, 2.0, "euler")
 
     def test_caches_of_several_sizes(self, made: Made) -> None:
-        """No size is the trained one: the paper's is taken."""
-        space = latent_space(buckets=((32, 32), (32, 48)))
-        model = TextToVideoModel(made.model.model, made.model.config, space, CPU, {})
-        settings = resolve_settings(model)
-        assert (settings.height, settings.width) == (192, 320)
+        """The largest of them is taken; where none is recorded, the paper's."""
+        for buckets, expected in ((((32, 32), (32, 48), (48, 16)), (32, 48)), ((), (192, 320))):
+            model = TextToVideoModel(made.model.model, made.model.config, latent_space(buckets=buckets), CPU, {})
+            settings = resolve_settings(model)
+            assert (settings.height, settings.width) == expected
 
     def test_all_problems_at_once(self, made: Made) -> None:
         with pytest.raises(ConfigError) as caught:

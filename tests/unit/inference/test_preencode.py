@@ -197,6 +197,12 @@ def test_statistics_are_those_of_the_stored_latents(whole: Path) -> None:
     assert found.images.motion is None
 
 
+def test_the_rate_of_a_cache_is_that_of_a_video(embedder: Path, tmp_path: Path) -> None:
+    data = write_videos(tmp_path, [Video(5, fps=rate) for rate in (10, 24, 30, 30)])
+    preencode(preencode_config(embedder, data, tmp_path / "out"))
+    assert open_dataset(tmp_path / "out").manifest.options["fps"] == 24
+
+
 def test_stride_and_most_clips(data: Path, embedder: Path, codec: Codec, tmp_path: Path) -> None:
     config = preencode_config(embedder, data, tmp_path / "out", stride=2, max_clips=1)
     preencode(config)

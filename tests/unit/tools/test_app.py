@@ -256,6 +256,22 @@ def test_an_emptied_seed_is_zero(tmp_path: Path) -> None:
     runner.close()
 
 
+def test_the_table_of_measures_says_why_one_is_missing() -> None:
+    pytest.importorskip("gradio")
+    from tools.app.page import measures_table
+
+    found = {
+        "video": {"frames": 1, "height": 8, "width": 10, "notes": ["non-square pixels: of 2:1, 8x5 scaled to 8x10"]},
+        "psnr_db": 20.0, "psnr_mean_over_frames_db": 20.0, "ssim": None, "vmaf": None, "latent_bits_per_pixel": 2.0,
+        "compression": 12.0, "label": "REGEN, 1 step", "notes": ["SSIM: its window does not fit"],
+    }  # fmt: skip
+    lines = measures_table(found).splitlines()
+    assert lines[-2:] == [
+        "| note | non-square pixels: of 2:1, 8x5 scaled to 8x10 |",
+        "| note | SSIM: its window does not fit |",
+    ]
+
+
 def test_models_and_runs_are_found_by_name_alone(tmp_path: Path) -> None:
     """Runs with a checkpoint, of both tasks; a text-to-video model knows its embedder. Names are no paths, and links
     out of the folder are not followed."""

@@ -253,7 +253,8 @@ def test_export_and_import(tmp_path: Path) -> None:
     assert f"the plain weights of {out}, of unknown origin, as float32" in shown
     listed = _regen("import", out, source.folder / "config.yaml", "name=next", "model.conditioning.omega=9").output
     assert "Note: model.conditioning.omega is 9.0, the weights were trained with 10.0" in listed
-    assert "step 0 has the weights of" in listed
+    command = f"regen train {source.folder / 'config.yaml'} name=next model.conditioning.omega=9"
+    assert f"step 0 has the weights of {out}; train on with `{command}`" in listed
     assert _folder(tmp_path / "runs" / "next").steps() == [0]
 
 

@@ -55,9 +55,9 @@ def test_command(config: Path, tmp_path: Path) -> None:
     first = _run(config, output, "--task", "1/2")
     assert "1 shards made now; 1 of 2 are left to other tasks" in first
     second = _run(config, output, "--task", "0/2")
-    assert "2 clips and 1 images in " in second
+    assert "2 clips and 1 image in " in second
     assert "2 entries in 2 shards" not in second  # the damaged video's shard holds nothing
-    assert "2 entries in 1 shards (1 made now), 1 videos and 4 frames left out" in second
+    assert "2 entries in 1 shard (1 made now), 1 video and 4 frames left out" in second
     assert "  video-2: it cannot be opened" in second
     assert "% of the pixels (0.03 MB)" in second
     again = _run(config, output)

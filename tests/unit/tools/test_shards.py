@@ -49,11 +49,11 @@ def test_build_inspect_verify(tmp_path: Path) -> None:
     assert "2 samples, 4 s of video" in run(*command, "--workers", "0")
     assert "(0 made now)" in run(*command, "--workers", "0")
     shown = run("inspect", out, "--samples", "1")
-    assert "2 from 1 sources" in shown
+    assert "2 from 1 source" in shown
     assert "crf=18" in shown
     assert "everything is as it was written" in run("verify", out, "--workers", "0")
     flip_byte(tmp_path / "out" / "part-00000-000000.tar", 1000)
-    with pytest.raises(DataError, match="1 problems in") as caught:
+    with pytest.raises(DataError, match="1 problem in") as caught:
         run("verify", out, "--workers", "0")
     assert caught.value.exit_code == 3
 

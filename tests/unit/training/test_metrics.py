@@ -7,6 +7,7 @@ import socket
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from regen_dist.data.loading.clip_loader import ClipBatch
 from regen_dist.data.loading.plan import BadSample
 from regen_dist.distributed.engine import StepResult
 from regen_dist.distributed.ranks import Ranks
+from regen_dist.evaluation.sheet import write_sheet
 from regen_dist.observe.record import read_record
 from regen_dist.training.metrics import (
     RankClock,
@@ -225,6 +227,22 @@ def test_a_video_that_cannot_be_written_ends_no_run(tmp_path: Path, capsys: pyte
     reporter.validation(5, Validation({"loss": 1.0}, video, video, "", "", ("a caption",), 8.0), 2.0)
     reporter.close()
     assert "warning: no picture or video of step 5, and the run goes on: " in capsys.readouterr().err
+
+
+def test_the_picture_of_a_generated_video_has_no_psnr(tmp_path: Path) -> None:
+    """It is of the same caption, not of the same video."""
+    run = tiny_run(tmp_path)
+    reporter, video = Reporter(run, Ranks(), 0), torch.zeros(1, 3, 1, 32, 32)
+    reporter.validation(5, Validation({"loss": 1.0}, video, video, "loss 1", "generated", ("a caption",), 8.0), 2.0)
+    reporter.close()
+    grey = [np.full((32, 32, 3), 128, np.uint8)]
+    label = ("Validation", "through the embedder")
+    expected, wrong = tmp_path / "expected.png", tmp_path / "wrong.png"
+    made = {"generated": grey}
+    write_sheet(expected, [0], grey, made, title="step 5: loss 1", source_label=label, psnr=False, errors=False)
+    write_sheet(wrong, [0], grey, made, title="step 5: loss 1", source_label=label, errors=False)
+    picture = (run.folder / "pictures" / "step-00000005.png").read_bytes()
+    assert picture == expected.read_bytes() != wrong.read_bytes()
 
 
 def test_a_validation_before_the_first_step_stands_there_once(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from regen_dist.diffusion.samplers import GivenFrames, draw_given_frames, error_
 from regen_dist.distributed.engine import PlainEngine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, DataError
-from regen_dist.inference.generation_settings import trained_size
+from regen_dist.inference.generation_settings import trained_sizes
 from regen_dist.inference.latent_space import parse_statistics, read_space
 from regen_dist.training.run import build_task
 from regen_dist.training.t2v import TextToVideoTask
@@ -174,7 +174,7 @@ class TestCaches:
         assert space.statistics.images.num_clips == 16  # type: ignore[union-attr]
         assert torch.equal(space.null_text.text, read_space_null(task))
         assert (space.num_frames, space.fps) == (5, 8.0)
-        assert trained_size(space) == (32, 32)  # of the videos, though they were encoded without buckets
+        assert trained_sizes(space) == [(32, 32)]  # of the videos, though they were encoded without buckets
         before = {path.name: path.stat().st_mtime_ns for path in (config.folder / "latent_space").iterdir()}
         TextToVideoTask(config, CPU).batches(Ranks(), 0).close()
         assert before == {path.name: path.stat().st_mtime_ns for path in (config.folder / "latent_space").iterdir()}

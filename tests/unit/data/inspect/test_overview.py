@@ -210,7 +210,7 @@ def test_the_command_shows_aligned_bars(folder: Path, tmp_path: Path) -> None:
     shown = run(str(folder), "--sheet", str(tmp_path / "sheet.png"), "--samples", "4")
     assert "10 from 4 sources" in shown
     assert "crf=18" in shown
-    assert "7 samples have one" in shown
+    assert "of 7 samples" in shown
     lines = [line for line in shown.splitlines() if "%" in line]
     assert len({len(line) for line in lines}) == 1
     assert "      8  ██████████████████████████████  6  60.0%" in lines

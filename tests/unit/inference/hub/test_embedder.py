@@ -269,7 +269,9 @@ def test_exporting_needs_no_diffusers(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_snippet_of_the_card_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = _exported(tmp_path)
-    (_, found) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    card = (folder / "README.md").read_text()
+    assert "| data fingerprint | `f1` |" in card
+    (_, found) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     exec(found.replace("PATH/OF/THIS/FOLDER", str(folder)), {})
     assert capsys.readouterr().out.strip() == "(1, 3, 5, 32, 32)"
 
