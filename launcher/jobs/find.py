@@ -347,9 +347,9 @@ def _state_of_gone(history: Sequence[Attempt], end: End | None, state: str, *, s
     if state == "CANCELLED":
         return JobState("stopped", "cancelled in the queue of Slurm")
     if end:
-        return JobState("lost", f"{end.why}, and then it was not requeued")
+        return JobState("lost", f"{end.why}, and then it was not started again")
     if history:
-        return JobState("lost", f"it was cut off{f' (Slurm: {state})' if state else ''}, and is not in the queue")
+        return JobState("lost", f"it was cut off{f' (Slurm: {state})' if state else ''}, and neither runs nor waits")
     if state and state != "COMPLETED":
         return JobState("failed", f"it ended before it began (Slurm: {state}); see its log by --launcher")
-    return JobState("lost", "it never began, and is not in the queue")
+    return JobState("lost", "it never began, and neither runs nor waits")

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from regen_dist.config.identity import read_or_create_run_id
-from regen_dist.config.run import CommonConfig
+from regen_dist.config.run import WANDB_CLOSE_S, CommonConfig
 from regen_dist.data.video.conversion import frame_to_rgb
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import needing_extra
@@ -23,7 +23,8 @@ from regen_dist.errors import needing_extra
 # reported once and never stops a run: every call runs in its own thread, with a time limit in seconds.
 log = logging.getLogger(__name__)
 
-START_S, SEND_S, FINISH_S, TEARDOWN_S = 30.0, 10.0, 20.0, 2.0  # time limits of calls
+START_S, SEND_S, TEARDOWN_S = 30.0, 10.0, 2.0  # time limits of calls
+FINISH_S = WANDB_CLOSE_S - TEARDOWN_S
 _STEP = "step"  # x-axis of every curve; wandb's own counter drops points with a lower step than the last
 
 
@@ -42,13 +43,13 @@ class WandbTracker:
         self,
         step: int,
         values: Mapping[str, Any],
-        pictures: Mapping[str, Path] | None = None,
-        videos: Mapping[str, Path] | None = None,
+        pictures: Mapping[str, Path] = {},
+        videos: Mapping[str, Path] = {},
     ) -> None:
         """Log the metrics (and images and videos by name) of one step, which may be lower than an earlier one."""
         run = self._run
         if run is not None:
-            self._guard(lambda: _send(run, step, values, pictures or {}, videos or {}), SEND_S)
+            self._guard(lambda: _send(run, step, values, pictures, videos), SEND_S)
 
     def rewind(self, step: int) -> None:
         """Do nothing: wandb keeps repeated points of a step, on our own x-axis."""
@@ -165,7 +166,11 @@ class MetricTracker(Protocol):
     """Interface of a tracker, a copy of a run's metrics whose failures never stop the run."""
 
     def log(
-        self, step: int, values: Mapping[str, Any], pictures: Mapping[str, Path], videos: Mapping[str, Path]
+        self,
+        step: int,
+        values: Mapping[str, Any],
+        pictures: Mapping[str, Path] = {},
+        videos: Mapping[str, Path] = {},
     ) -> None:
         """Log metrics, images and videos by name, of one step."""
 
@@ -194,12 +199,12 @@ class Trackers:
         self,
         step: int,
         values: Mapping[str, Any],
-        pictures: Mapping[str, Path] | None = None,
-        videos: Mapping[str, Path] | None = None,
+        pictures: Mapping[str, Path] = {},
+        videos: Mapping[str, Path] = {},
     ) -> None:
         """Log metrics, images and videos by name, of one step."""
         for each in self._all:
-            each.log(step, values, pictures or {}, videos or {})
+            each.log(step, values, pictures, videos)
 
     def rewind(self, step: int) -> None:
         """Handle a rollback of the run to `step`."""
@@ -235,12 +240,12 @@ class TensorBoard:
         self,
         step: int,
         values: Mapping[str, Any],
-        pictures: Mapping[str, Path] | None = None,
-        videos: Mapping[str, Path] | None = None,
+        pictures: Mapping[str, Path] = {},
+        videos: Mapping[str, Path] = {},
     ) -> None:
         """Log the metrics (and images and videos by name) of one step."""
         if self._writer is not None:
-            self._guard(lambda: self._write(step, values, pictures or {}, videos or {}))
+            self._guard(lambda: self._write(step, values, pictures, videos))
 
     def rewind(self, step: int) -> None:
         """Discard what was logged for steps after `step`."""

@@ -51,13 +51,13 @@ GONE, CANCELLED, FAILED = QueueState(), QueueState("CANCELLED"), QueueState("FAI
         pytest.param([over("preempted")], GONE, JobState("failed", "the reason"), id="gets nowhere"),
         pytest.param(
             [over("preempted", again=True)], GONE,
-            JobState("lost", "preempted, and then it was not requeued"), id="requeue failed",
+            JobState("lost", "preempted, and then it was not started again"), id="requeue failed",
         ),
         pytest.param(
             [start()], QueueState("NODE_FAIL"),
-            JobState("lost", "it was cut off (Slurm: NODE_FAIL), and is not in the queue"), id="lost its node",
+            JobState("lost", "it was cut off (Slurm: NODE_FAIL), and neither runs nor waits"), id="lost its node",
         ),
-        pytest.param([], GONE, JobState("lost", "it never began, and is not in the queue"), id="never began"),
+        pytest.param([], GONE, JobState("lost", "it never began, and neither runs nor waits"), id="never began"),
         pytest.param([], CANCELLED, JobState("stopped", "cancelled in the queue of Slurm"), id="scancel"),
     ],
 )  # fmt: skip

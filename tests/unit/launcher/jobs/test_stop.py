@@ -96,6 +96,14 @@ def test_now_kills_every_process(local: Here) -> None:
         assert (attempt.end.why, attempt.end.code, attempt.end.again) == ("stopped", 137, False)
 
 
+def test_a_job_whose_process_is_killed_ends(local: Here) -> None:
+    """It is lost, and not at work any more: nothing would stop it."""
+    job = local.watcher("w")
+    wait_until(lambda: is_printing(job), lambda: (job.folder / local_executor.LOG).read_text())
+    os.kill(int(job.id() or 0), signal.SIGKILL)
+    wait_until(lambda: not processes_of(local.root), lambda: processes_of(local.root))
+
+
 def test_one_task_of_an_array_is_stopped_alone(local: Here, capsys: pytest.CaptureFixture[str]) -> None:
     job = local.watcher("w", tasks=3, parallel=2)
     wait_until(lambda: is_printing(job) and is_printing(job, 1), lambda: (job.folder / local_executor.LOG).read_text())
