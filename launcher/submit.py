@@ -249,7 +249,7 @@ def _put_back(paths: Sequence[Path]) -> Iterator[None]:
         for path, content in before.items():
             if content is None:
                 path.unlink(missing_ok=True)
-            else:
+            elif not path.is_file() or path.read_bytes() != content:  # on a full disk only what has changed
                 path.write_bytes(content)
         raise
 

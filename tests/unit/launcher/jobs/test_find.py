@@ -17,8 +17,8 @@ def start() -> Attempt:
 NOW = time.time()  # for all tests alike: they run long after they were collected
 
 
-def over(why: Why, *, again: bool = False, ago_s: float = 1000.0, text: str = "the reason") -> Attempt:
-    end = End(why=why, code=75, text=text, again=again, time=NOW - ago_s)
+def over(why: Why, *, again: bool = False, ago_s: float = 1000.0, text: str = "the reason", code: int = 75) -> Attempt:
+    end = End(why=why, code=code, text=text, again=again, time=NOW - ago_s)
     return start()._replace(end=end)
 
 
@@ -47,6 +47,11 @@ GONE, CANCELLED, FAILED = QueueState(), QueueState("CANCELLED"), QueueState("FAI
         pytest.param([over("done")], GONE, JobState("done"), id="done"),
         pytest.param([over("done")], RUNNING, JobState("done"), id="done, its job not yet"),
         pytest.param([over("stopped")], FAILED, JobState("stopped"), id="stopped"),
+        pytest.param([over("stopped", code=137)], GONE, JobState("stopped"), id="stopped without saving"),
+        pytest.param(
+            [over("stopped", code=4)], GONE,
+            JobState("failed", "asked to stop, it ended with exit code 4: see its log"), id="could not save",
+        ),
         pytest.param([over("failed")], FAILED, JobState("failed", "the reason"), id="failed"),
         pytest.param([over("preempted")], GONE, JobState("failed", "the reason"), id="gets nowhere"),
         pytest.param(

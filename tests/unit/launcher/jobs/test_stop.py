@@ -294,7 +294,7 @@ def test_a_job_that_waits_in_slurm_is_cancelled_and_begins_no_more(
     assert stop(choose_job("a", tmp_path), tmp_path, at_once=False, wait=True)
     assert calls == [("scancel", "--state=PENDING", "12")]
     assert job.tasks[0].stop_file.exists()
-    assert capsys.readouterr().out == "a: stopped; saved at step 0 of 100; to go on: regen jobs resume a\n"
+    assert capsys.readouterr().out == "a: stopped; nothing is saved; to go on: regen jobs resume a\n"
     assert newest_job(tmp_path / "a") == job
 
 
