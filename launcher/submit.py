@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from regen_dist.config.version import VERSION_FILE, code_version
 from regen_dist.config.yaml_files import parse_yaml
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, BackendError, ConfigError, RegenError, RunBusy
 from regen_dist.jsontext import json_text
+from regen_dist.shared_files import IDLE_S, remove_leftovers, temporary_beside
 
 # Code snapshots: a copy made at submission, so that a job that restarts next week runs the same code.
 
@@ -52,8 +52,10 @@ def take_snapshot(folder: Path, root: Path = ROOT) -> Path:
     if place.is_dir():
         return place
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".snapshot-"))
+    remove_leftovers(folder, idle_s=IDLE_S)
+    temporary = temporary_beside(place)
     try:
+        temporary.mkdir()
         for part in _existing(root):
             if part.is_dir():
                 shutil.copytree(part, temporary / part.name, ignore=_IGNORED)
@@ -61,12 +63,12 @@ def take_snapshot(folder: Path, root: Path = ROOT) -> Path:
                 shutil.copy2(part, temporary / part.name)
         (temporary / VERSION_FILE).write_text(code_version() + "\n", encoding="utf-8")
         (temporary / "changes.patch").write_bytes(_changes(root))
-        temporary.chmod(0o755)
         os.replace(temporary, place)
     except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
         if not place.is_dir():  # another submission may have created it first
             raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return place
 
 
@@ -247,7 +249,7 @@ def _put_back(paths: Sequence[Path]) -> Iterator[None]:
         for path, content in before.items():
             if content is None:
                 path.unlink(missing_ok=True)
-            else:
+            elif not path.is_file() or path.read_bytes() != content:  # on a full disk only what has changed
                 path.write_bytes(content)
         raise
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import queue
+import select
 import signal
 import socket
 import subprocess
@@ -366,6 +367,21 @@ def die_with(parent: int) -> Callable[[], None]:
             os._exit(1)
 
     return prepare
+
+
+def end_with(process: int) -> None:
+    """Kill this process, and with it its ranks, as soon as another one of this machine ends that is not its parent.
+    Linux before 5.3 cannot tell, and nothing happens."""
+    try:
+        watched = os.pidfd_open(process)
+    except (AttributeError, OSError):
+        return
+
+    def follow() -> None:
+        select.select([watched], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 # `regen train` on this machine: the config is validated here, before any rank starts.

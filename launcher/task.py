@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from launcher import attempts
 from launcher.job import JobTask, Submission, read_job
 from launcher.retry import LocalScheduler, RetryDecision, begin, end, log_line
-from launcher.supervise import FORWARDED, program_environment, rank_environment, rank_environments, supervise
+from launcher.supervise import FORWARDED, end_with, program_environment, rank_environment, rank_environments, supervise
 from regen_dist.config.files import write_text_atomically
 from regen_dist.distributed.environment import SLURM, RankInfo, meeting_port, rank_variables, read_variables
 from regen_dist.errors import EXIT_OK, EXIT_RESUME
@@ -96,6 +96,7 @@ class LocalTask(_Task):
         """Run to the end, then raise SystemExit with the task's exit code, or with Submitit's requeue code where the
         time limit restarts."""
         shield_streams()
+        end_with(int(read_job(Path(self.folder)).id() or 0))  # Submitit's own process is between the two
         code = self._code()
         try:
             write_text_atomically(self.outcome, f"{code}\n")

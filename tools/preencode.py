@@ -79,10 +79,10 @@ def _print(made: Preencoded, output: str) -> None:
             "tasks"
         )
         return
-    totals, options, skipped = made.manifest.totals, made.manifest.options, made.manifest.skipped
+    totals, options = made.manifest.totals, made.manifest.options
     typer.echo(
         f"{output}: {totals.samples} entries in {counted(totals.shards, 'shard')} ({made.shards_made} made now), "
-        f"{counted(len(skipped), 'video')} and {counted(options['frames_left_out'], 'frame')} left out"
+        f"{counted(made.manifest.num_skipped, 'video')} and {counted(options['frames_left_out'], 'frame')} left out"
     )
     source, pixels = options["sizes"]["source_bytes"], options["sizes"]["pixel_bytes"]
     typer.echo(

@@ -81,7 +81,7 @@ def reconstruct(
         )
     for note in source.notes:
         console.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
-    with stopping_cleanly(), _progress(source) as progress:
+    with stopping_cleanly(continues=False), _progress(source) as progress:
         report = job(
             source,
             codec,

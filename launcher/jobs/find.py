@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from launcher import local_executor, slurm
 from launcher.attempts import Attempt, End, attempts_since, read_history
 from launcher.job import JOB_FILE, LAUNCH, JobTask, Submission, read_job
-from regen_dist.errors import BackendError, ConfigError, RegenError
+from regen_dist.errors import EXIT_OK, EXIT_RESUME, BackendError, ConfigError, RegenError
 
 TASKS = "tasks"
 DEPTH = 3  # runs/NAME, runs/PIPELINE/STEP, runs/ARRAY/tasks/00000
@@ -255,6 +255,8 @@ def _local_state(member: Member) -> QueueState | None:
     return QueueState("RUNNING") if history or not member.job.is_array else QueueState("PENDING", "the tasks before it")
 
 
+_KILLED = 128  # and more: the exit codes of what a signal ended
+
 # Task state, derived from its history, its scheduler and the files in its folder.
 
 State = Literal["pending", "running", "stopping", "requeued", "done", "stopped", "failed", "lost"]
@@ -315,7 +317,11 @@ def derive_state(history: Sequence[Attempt], queue_state: QueueState | None, *, 
 def _state_of_ended(end: End) -> JobState:
     if end.why == "done":
         return JobState("done")
-    return JobState("stopped") if end.why == "stopped" else JobState("failed", end.text)
+    if end.why != "stopped":
+        return JobState("failed", end.text)
+    if end.code in (EXIT_OK, EXIT_RESUME) or end.code >= _KILLED:
+        return JobState("stopped")
+    return JobState("failed", f"asked to stop, it ended with exit code {end.code}: see its log")
 
 
 def _state_of_waiting(history: Sequence[Attempt], end: End | None, reason: str) -> JobState:
@@ -347,9 +353,9 @@ def _state_of_gone(history: Sequence[Attempt], end: End | None, state: str, *, s
     if state == "CANCELLED":
         return JobState("stopped", "cancelled in the queue of Slurm")
     if end:
-        return JobState("lost", f"{end.why}, and then it was not requeued")
+        return JobState("lost", f"{end.why}, and then it was not started again")
     if history:
-        return JobState("lost", f"it was cut off{f' (Slurm: {state})' if state else ''}, and is not in the queue")
+        return JobState("lost", f"it was cut off{f' (Slurm: {state})' if state else ''}, and neither runs nor waits")
     if state and state != "COMPLETED":
         return JobState("failed", f"it ended before it began (Slurm: {state}); see its log by --launcher")
-    return JobState("lost", "it never began, and is not in the queue")
+    return JobState("lost", "it never began, and neither runs nor waits")

@@ -240,7 +240,7 @@ def _print_end(member: Member, state: JobState, root: Path, *, was_over: bool) -
     text = f"{name}: {over}{state.state}{f' ({state.note})' if state.note else ''}"
     step = newest_step(member.task.progress)
     if member.task.progress is not None and step is not None:
-        text += f"; saved at step {step} of {member.task.progress.steps}"
+        text += f"; saved at step {step} of {member.task.progress.steps}" if step else "; nothing is saved"
     print(text if state.state in ("done", "stopping") else f"{text}; to go on: regen jobs resume {shlex.quote(name)}")
 
 

@@ -43,7 +43,7 @@ def pipeline(
     if dry_run:
         _show(plan(found, cluster, settings or []))
         return
-    with pipeline_lock(found.folder, _warn):
+    with pipeline_lock(found.folder):
         planned = plan(found, cluster, settings or [])
         if all(each.state == "complete" for each in planned):
             _print_line(

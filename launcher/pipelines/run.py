@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import signal
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from launcher import slurm
 from launcher.attempts import read_history
@@ -21,32 +21,20 @@ from launcher.preflight.report import PreflightError
 from launcher.script import batch_script
 from launcher.submit import submit, wait_for
 from regen_dist.errors import EXIT_OK, EXIT_RESUME, DataError, RegenError
+from regen_dist.shared_files import lock_alone
 from regen_dist.tables import Table
 
 Emit = Callable[[str], None]
 _LOCK = "pipeline.lock"
 
 
-@contextmanager
-def pipeline_lock(folder: Path, emit: Emit) -> Iterator[None]:
-    """Lock a pipeline for one command at a time: two would submit each step twice.
+def pipeline_lock(folder: Path) -> IO[str]:
+    """Lock a pipeline for one command at a time, until the returned file is closed: two would submit each step twice.
 
     Raises:
-        RegenError: another command holds the lock.
+        ConfigError: another command holds the lock.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise RegenError(f"{folder}: in use by another `regen submit pipeline` ({lock.read().strip()})") from None
-        except OSError as error:
-            emit(f"note: {folder} supports no locks ({error.strerror}); make sure that no other command works on it")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        lock.flush()
-        yield
+    return lock_alone(folder / _LOCK, "it submits the same pipeline: wait for its end")
 
 
 def problems(plan: Sequence[PlannedStep], emit: Emit) -> list[str]:

@@ -31,6 +31,7 @@ from launcher.submit import SubmissionRequest, is_alive
 from regen_dist.checks.findings import Finding as Checked
 from regen_dist.config import AnyRunConfig, to_yaml
 from regen_dist.config.identity import clips_per_rank
+from regen_dist.config.run import WANDB_CLOSE_S
 from regen_dist.config.urls import parse_url
 from regen_dist.data.storage.local import free_bytes
 from regen_dist.data.storage.store import Store
@@ -208,8 +209,8 @@ _ROUND_S = 10
 
 
 def times(subject: Subject) -> Iterator[PreflightFinding]:
-    """Check that the signal comes at least two steps, two saves and a validation, amid which it may come, before the
-    limit, and the run's own limit likewise."""
+    """Check that the signal comes at least two steps, two saves, a validation, amid which it may come, and the closing
+    of wandb before the limit, and the run's own limit likewise."""
     yield from by_run(subject.configs, lambda config: _times_of(config, subject.request.cluster))
 
 
@@ -232,22 +233,24 @@ def _times_of(config: AnyRunConfig, cluster: ClusterConfig) -> Iterator[Prefligh
             )
         return
     if limit_s is not None:
-        yield from _too_short("signal_lead_s", cluster.signal_lead_s, found, cluster, "--set signal_lead_s")
+        yield from _too_short("signal_lead_s", cluster.signal_lead_s, found, config, cluster, "--set signal_lead_s")
         yield from _check_time_to_checkpoint(config, limit_s - cluster.signal_lead_s, found, cluster)
     if own_s is not None:
         lead_s = config.train.time_limit_lead_s
-        yield from _too_short("train.time_limit_lead_s", lead_s, found, cluster, "train.time_limit_lead_s")
+        yield from _too_short("train.time_limit_lead_s", lead_s, found, config, cluster, "train.time_limit_lead_s")
 
 
 def _too_short(
-    name: str, lead_s: float, found: MeasuredRun, cluster: ClusterConfig, key: str
+    name: str, lead_s: float, found: MeasuredRun, config: AnyRunConfig, cluster: ClusterConfig, key: str
 ) -> Iterator[PreflightFinding]:
     step_s = _step_s(found, cluster)
-    needed_s = 2 * step_s + 2 * (found.save_s or 0.0) + found.validation_s
+    close_s = WANDB_CLOSE_S if config.wandb.mode == "online" else 0.0
+    needed_s = 2 * step_s + 2 * (found.save_s or 0.0) + found.validation_s + close_s
     if lead_s > needed_s:
         return
     saves = f"two saves of {found.save_s:.1f} s" if found.save_s is not None else "no save was measured yet"
     saves += f", a validation of {found.validation_s:.1f} s" if found.validation_s else ""
+    saves += f", at most {close_s:g} s until wandb is closed" if close_s else ""
     at_least = _ROUND_S * (math.floor(needed_s / _ROUND_S) + 1)
     yield problem(
         f"{name} {lead_s:g} is too short for two steps of {step_s:.1f} s and {saves}, {needed_s:.1f} s in all "

@@ -26,9 +26,10 @@ def folders(subject: Subject) -> Iterator[PreflightFinding]:
     """Check that the job can write its files. A file is created and removed, which also finds quotas and read-only
     mounts, unlike permissions."""
     request = subject.request
+    option = "output=FOLDER" + (" (of `regen submit run`: --output FOLDER)" if request.kind == "run" else "")
     for folder in dict.fromkeys([request.base, *(task.folder for task in request.tasks)]):
         if why := unwritable(folder):
-            yield problem(f"the run folder {folder} cannot be written to: {why}; choose another by output=FOLDER")
+            yield problem(f"the run folder {folder} cannot be written to: {why}; choose another by {option}")
 
 
 def shared(subject: Subject) -> Iterator[PreflightFinding]:

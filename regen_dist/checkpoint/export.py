@@ -43,13 +43,14 @@ from regen_dist.config.run import Section
 from regen_dist.config.t2v import T2VModelConfig
 from regen_dist.config.version import code_version
 from regen_dist.data.storage.connection import limits_of
-from regen_dist.data.storage.local import file_sha256, sync
+from regen_dist.data.storage.local import file_sha256
 from regen_dist.distributed.engine import WEIGHTS
 from regen_dist.distributed.optimizer import OPTIMIZERS
 from regen_dist.errors import CheckpointError
 from regen_dist.models.embedder import Baseline, Regen, build_model
 from regen_dist.models.perceptual import PatchDiscriminator
 from regen_dist.models.t2v import TextToVideo
+from regen_dist.shared_files import sync
 
 MODEL_FILE, STATISTICS_FILE, CARD_FILE = "model.safetensors", "statistics.json", "README.md"
 Weights = Literal["ema", "plain"]

@@ -26,11 +26,12 @@ from torch import Tensor
 from regen_dist.checkpoint.manifest import CheckpointManifest, FileFacts, parse_manifest, to_text
 from regen_dist.checkpoint.shards import ShardReader, ValueScan, write_shard
 from regen_dist.data.storage.connection import StoreLimits
-from regen_dist.data.storage.local import full_disk, remove_leftovers, sync
+from regen_dist.data.storage.local import full_disk
 from regen_dist.data.storage.store import Store
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError, NoGoodCheckpoint, ObjectMissing, RegenError
 from regen_dist.observe.terminal import warn
+from regen_dist.shared_files import remove_leftovers, sync
 
 MANIFEST, POINTER, PIN = "manifest.json", "latest", "pinned"
 _CHECKPOINT = re.compile(r"^step-(\d{8,})(\.tmp)?/(.+)$")

@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import os
 import re
-import secrets
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from regen_dist.config.version import fill_later_fields
 from regen_dist.config.yaml_files import display, dump_yaml, parse_value, read_yaml
 from regen_dist.errors import ConfigError
 from regen_dist.jsontext import json_text
+from regen_dist.shared_files import temporary_beside
 
 # --- composition of a config from a file, the files it extends, and overrides, with the origin of each key ---
 #
@@ -328,14 +328,6 @@ def _section(schema: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | 
 
 # --- atomic writes ---
 
-_LONGEST_REPEATED = 150  # bytes of a name that others repeat; most file systems allow 255 for the whole name
-
-
-def short_name(name: str) -> str:
-    """Return a name to build longer file names from, such as temporary ones: the same, or a digest of a long one."""
-    data = os.fsencode(name)
-    return name if len(data) <= _LONGEST_REPEATED else hashlib.sha256(data).hexdigest()
-
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Write `text` as UTF-8: to a new name in the same folder, synced, then moved over `path`."""
@@ -358,7 +350,7 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
 
 
 def _write_and_replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{short_name(path.name)}.{secrets.token_hex(4)}")
+    temporary = temporary_beside(path)
     try:
         with temporary.open("xb") as file:
             file.write(data)

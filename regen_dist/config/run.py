@@ -348,6 +348,9 @@ class TrainConfig(Section):
         return self
 
 
+WANDB_CLOSE_S = 22.0  # longest wait for wandb at the end of a run
+
+
 class WandbConfig(Section):
     """Weights & Biases. An outage is logged once and never stops a run."""
 

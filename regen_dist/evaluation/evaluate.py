@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regen_dist.config.files import short_name, write_bytes_atomically, write_text_atomically
+from regen_dist.config.files import write_bytes_atomically, write_text_atomically
 from regen_dist.errors import DataError
 from regen_dist.evaluation.evaluated_models import EvaluatedModel
 from regen_dist.evaluation.metrics import (
@@ -50,6 +50,7 @@ from regen_dist.inference.frames import Frame, VideoWriter, write_video
 from regen_dist.jsontext import json_text
 from regen_dist.observe.hardware import describe_machine
 from regen_dist.pixels import to_float
+from regen_dist.shared_files import short_name
 
 MEDIA, MEASURED = "media", "measured"
 WORST_FRAMES = 3  # worst frames kept of each video and model, from different stretches of `_STRETCH` frames

@@ -24,6 +24,7 @@ from regen_dist.errors import DataError
 from regen_dist.evaluation.reconstruct import METRICS, RECONSTRUCTION, SHEET, SIDE_BY_SIDE
 from regen_dist.evaluation.reconstruction_table import figure, measures_table
 from regen_dist.observe.record import read_record
+from regen_dist.shared_files import IDLE_S, remove_leftovers, sync, temporary_beside
 from regen_dist.tables import Table
 
 if TYPE_CHECKING:
@@ -234,10 +235,12 @@ def _show(folder: Path, report: Mapping[str, Any], out: Path) -> _ShownVideo:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under another name, then move it into place."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Let `write` make a file under another name, bring it to the disk, then move it into place."""
+    remove_leftovers(path.parent, idle_s=IDLE_S)
+    unfinished = temporary_beside(path)
     try:
         write(unfinished)
+        sync(unfinished)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

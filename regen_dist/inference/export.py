@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,14 +41,13 @@ from regen_dist.config.exported import (
     T2VExportConfig,
     load_any_export_config,
 )
-from regen_dist.config.files import short_name, write_text_atomically
+from regen_dist.config.files import write_text_atomically
 from regen_dist.data.pool import Progress
-from regen_dist.data.storage.local import full_disk, remove_leftovers, sync
+from regen_dist.data.storage.local import full_disk
 from regen_dist.errors import CheckpointError, DataError
 from regen_dist.inference.card import generating, model_card, t2v_card
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.encoder import check_embedder
-from regen_dist.inference.frames import IDLE_S
 from regen_dist.inference.generate import check_text_encoder, load_text_encoder
 from regen_dist.inference.hub.folder import (
     EMBEDDER,
@@ -66,6 +64,7 @@ from regen_dist.inference.latent_space import (
     read_space,
     read_statistics,
 )
+from regen_dist.shared_files import IDLE_S, remove_leftovers, sync, temporary_beside
 
 
 @dataclass(frozen=True)
@@ -277,7 +276,7 @@ def _staged_folder(out: Path, force: bool) -> Iterator[Path]:
     out = Path(os.path.realpath(out))  # a link stays, and so does the disk that it leads to
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out.parent, idle_s=IDLE_S)
-    made = out.with_name(f".{short_name(out.name)}.{secrets.token_hex(4)}.{os.getpid()}.tmp")
+    made = temporary_beside(out)
     made.mkdir()
     try:
         with full_disk(out.parent, str(out)):

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from regen_dist.config.files import short_name
 from regen_dist.config.run import SPATIAL_COMPRESSION
-from regen_dist.data.storage.local import remove_leftovers
 from regen_dist.data.video.conversion import BT709_MATRIX, LIMITED_RANGE, RESIZE, frame_to_rgb, shown_sides
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.data.video.scenes import analyse
 from regen_dist.errors import DataError, needing_extra
+from regen_dist.shared_files import IDLE_S, remove_leftovers, temporary_beside
 
 if TYPE_CHECKING:
     from av.video.stream import VideoStream
@@ -32,7 +31,6 @@ CLOCK = 90_000  # ticks a second of files in which each frame has its own time
 LARGEST_SIDE = 4320  # shorter side of 8K video
 FALLBACK_RATE = Fraction(25)
 LONGEST_FRAME_S = 1001  # rates are written as a fraction of at most this denominator, as 30000/1001 is
-IDLE_S = 3600.0  # age of unfinished files that no process of this machine is writing; those of other machines are newer
 ROUNDING_S = 1e-3  # error of times in a file: Matroska and WebM round them to milliseconds
 
 
@@ -163,7 +161,7 @@ class VideoWriter:
         # rate control then depends on uninitialised memory (core 165, measured). From RGB, swscale puts chroma in the
         # middle of its pixels (chromaloc=1); untagged, H.264 means their left edge: colours half a pixel aside.
         self._options = {"crf": str(crf), "preset": preset, "x264-params": "cpu-independent=1:chromaloc=1"}
-        self._partial = path.with_name(f".{short_name(path.name)}.{os.getpid()}.tmp")
+        self._partial = temporary_beside(path)
         self._stream: VideoStream | None = None
         self._num_written = 0
 

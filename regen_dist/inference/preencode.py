@@ -43,7 +43,6 @@ from regen_dist.data.format.writing import NewSample, ShardLimits, ShardWriter, 
 from regen_dist.data.loading.fetch import Fetcher, SampleLocation
 from regen_dist.data.pool import Progress
 from regen_dist.data.storage.connection import limits_of
-from regen_dist.data.storage.local import remove_leftovers
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import CheckpointError, DataError
 from regen_dist.inference.encoder import FrozenEncoder
@@ -63,6 +62,7 @@ from regen_dist.inference.preencode_clips import (
 )
 from regen_dist.models.encoder import Latents
 from regen_dist.models.text import TextEncoder
+from regen_dist.shared_files import IDLE_S, remove_leftovers
 
 # Text embeddings of the captions of one shard.
 #
@@ -450,7 +450,6 @@ def _is_old(recorded: Any) -> bool:
 
 
 MAX_BAD_SHARE = 0.5
-_IDLE_S = 3600.0  # tasks on other machines may still be writing: their files are newer than this
 
 
 class Preencoded(NamedTuple):
@@ -498,7 +497,7 @@ def preencode(
     inputs, store = open_inputs(config), Store(config.output, limits_of(config.read))
     claim_cache(store, inputs)
     if store.folder is not None:
-        remove_leftovers(store.folder, idle_s=_IDLE_S if count > 1 else 0)
+        remove_leftovers(store.folder, idle_s=IDLE_S if count > 1 else 0)
     numbers = range(len(inputs.dataset.manifest.shards))
     todo = unfinished(store, numbers[index::count])
     began = time.perf_counter()

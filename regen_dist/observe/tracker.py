@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from regen_dist.config.identity import read_or_create_run_id
-from regen_dist.config.run import CommonConfig
+from regen_dist.config.run import WANDB_CLOSE_S, CommonConfig
 from regen_dist.data.video.conversion import frame_to_rgb
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import needing_extra
@@ -26,7 +26,8 @@ Numbers = Mapping[str, float]  # by name
 Files = Mapping[str, Path]
 log = logging.getLogger(__name__)
 
-START_S, SEND_S, FINISH_S, TEARDOWN_S = 30.0, 10.0, 20.0, 2.0  # time limits of calls
+START_S, SEND_S, TEARDOWN_S = 30.0, 10.0, 2.0  # time limits of calls
+FINISH_S = WANDB_CLOSE_S - TEARDOWN_S
 _STEP = "step"  # x-axis of every curve; wandb's own counter drops points with a lower step than the last
 
 

@@ -198,7 +198,7 @@ class Trainer(Stepper):
 
     def _fit(self, stopper: Stopper) -> int:
         train = self.config.train
-        if self.step == 0 and train.validate_at_start:
+        if self._starts_with_validation():
             self._validate()
         while self.step < train.steps:
             with self.clock.step():
@@ -257,6 +257,15 @@ class Trainer(Stepper):
         self.reporter.train(self.step, figures)
         for warning in self.guards.latents.check(self.step, figures):
             self.reporter.event(self.step, f"warning: {warning}")
+
+    def _starts_with_validation(self) -> bool:
+        """Return whether a validation is due before the first step: at the beginning if the config asks for it, and at
+        a step whose validation is missing, as a run that is stopped leaves it out. A collective."""
+        train = self.config.train
+        if self.step == 0:
+            return train.validate_at_start
+        is_due = self.step < train.steps and self._due(train.validate_every)
+        return is_due and not self.ranks.on_main(lambda: self.reporter.has_validation(self.step))
 
     def _validate(self) -> None:
         self._mark("validate")

@@ -239,6 +239,14 @@ class Reporter:
         pictures, videos = (self._media_files(write, step, result) for write in (self._draw, self._write_videos))
         self._trackers.log(step, figures, pictures, videos)
 
+    def has_validation(self, step: int) -> bool:
+        """Return whether the record has a validation of a step; true where it cannot be read."""
+        try:
+            lines = read_record(self._run / "metrics.jsonl", "validation")
+        except OSError:
+            return True
+        return any(line["step"] == step for line in lines)
+
     def _media_files(
         self, write: Callable[[int, Validation], dict[str, Path]], step: int, result: Validation
     ) -> dict[str, Path]:

@@ -25,6 +25,7 @@ from regen_dist.observe.hang_detector import Watchdog
 from regen_dist.observe.hardware import has_native_bf16, peak_tflops
 from regen_dist.observe.terminal import warn
 from regen_dist.registry import Entry, Registry
+from regen_dist.shared_files import IDLE_S, remove_leftovers
 from regen_dist.training.checkpoints import RunCheckpoints, has_checkpoints
 from regen_dist.training.embedder import BaselineTask, EmbedderTask
 from regen_dist.training.guards import Guards
@@ -180,6 +181,7 @@ def replace_config(config: AnyRunConfig, step: int) -> list[str]:
     """Make `config` the one of its run folder, from `step` on. Returns what to report: each key that has
     changed, and the learning rate before and after. If the disk takes no config, the run goes on, with a warning."""
     messages: list[str] = []
+    remove_leftovers(config.folder, idle_s=IDLE_S)
     try:
         if (config.folder / CONFIG_FILE).is_file():
             messages = _describe_changes(config, step)

@@ -7,7 +7,6 @@ OUT/results/NNNN-KIND result of a finished job, moved there in one step
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from typing import IO, Any, Literal
 from regen_dist.errors import ConfigError, DataError, RegenError
 from regen_dist.jsontext import json_text
 from regen_dist.programs import python, with_safe_path
+from regen_dist.shared_files import lock_alone
 
 State = Literal["running", "done", "failed", "cancelled"]
 Kind = Literal["reconstruct", "generate"]
@@ -168,19 +168,12 @@ class JobRunner:
             job.ended.set()
 
 
-def _claim(folder: Path) -> IO[bytes]:
+def _claim(folder: Path) -> IO[str]:
     """Take a folder for this app alone: an empty one, or one that an app made. Return the open file that holds it."""
     marker = folder / MARKER
     if folder.is_dir() and not marker.is_file() and any(folder.iterdir()):
         raise ConfigError(f"{folder} holds something else; give the app an empty or a new folder with --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = marker.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise ConfigError(f"another regen app uses {folder}; end it, or give another folder with --out") from error
-    return file
+    return lock_alone(marker, "end that app, or give another folder with --out")
 
 
 def _read_reports(job: Job, lines: IO[str]) -> list[str]:

@@ -84,7 +84,7 @@ def checkpoint(
     facts = opening_facts() | config_facts(config, own, base)
     facts |= {"ranks": ranks, "rounds": rounds, "repeats": repeats, "reads": "warm page cache"}
     out.mkdir(parents=True, exist_ok=True)
-    with stopping_cleanly(), TemporaryDirectory(dir=out, prefix=".work-") as work:
+    with stopping_cleanly(continues=False), TemporaryDirectory(dir=out, prefix=".work-") as work:
         bench = CheckpointBench(config, tuple(own), ranks, repeats, Path(work), console.print)
         build_synthetic(
             bench.clips, SyntheticOptions(number=_CLIPS, seed=0, frames=2 * base.model.num_frames, samples_per_shard=16)

@@ -20,10 +20,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 
 from regen_dist.checkpoint.folder import CheckpointFolder, checkpoint_name, newest_good
 from regen_dist.checkpoint.manifest import CheckpointManifest
@@ -152,29 +148,35 @@ class Distributed:
     """
 
     def __init__(self, engine: Engine, ranks: Ranks) -> None:
-        self._engine = engine
-        self._mesh: DeviceMesh = init_device_mesh("cpu", (ranks.world_size,))
+        from torch.distributed.checkpoint.state_dict_loader import load
+        from torch.distributed.checkpoint.state_dict_saver import save
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self._engine, self._load, self._save = engine, load, save
+        self._mesh = init_device_mesh("cpu", (ranks.world_size,))
         self._group = dist.new_group(backend="gloo")
 
     def save(self, folder: Path) -> None:
         """Save, and wait until every rank is done."""
-        save(self._state(), checkpoint_id=str(folder), process_group=self._group)
+        self._save(self._state(), checkpoint_id=str(folder), process_group=self._group)
 
     def load(self, folder: Path) -> None:
         """Load into the engine, at any number of ranks."""
         state = self._state(empty=True)
-        load(state, checkpoint_id=str(folder), process_group=self._group)
+        self._load(state, checkpoint_id=str(folder), process_group=self._group)
         self._engine.restore(
             _LoadedPieces({key: tensor.to_local() for key, tensor in state.items()}), self._engine.num_updates
         )
 
-    def _state(self, *, empty: bool = False) -> dict[str, DTensor]:
+    def _state(self, *, empty: bool = False) -> dict[str, Any]:
         return {
             key: self._sharded(key, torch.empty_like(piece, device="cpu") if empty else piece.detach().cpu())
             for key, piece in self._engine.pieces().items()
         }
 
-    def _sharded(self, key: str, piece: Tensor) -> DTensor:
+    def _sharded(self, key: str, piece: Tensor) -> Any:
+        from torch.distributed.tensor import DTensor, Shard
+
         size = prod(self._engine.shapes()[key.split("/", 1)[1]])
         return DTensor.from_local(piece, self._mesh, [Shard(0)], shape=torch.Size([size]), stride=(1,), run_check=False)
 

@@ -85,7 +85,7 @@ def codec(
     facts |= {"threads": threads, "repeats": repeats, "limit_seconds": limit_seconds, "limit_gib": limit_gib}
     facts["config_hashes"] = {name: config_hash(own_config(CONFIGS / f"{name}.yaml", "fp32")) for name in own}
     out.mkdir(parents=True, exist_ok=True)
-    with stopping_cleanly():
+    with stopping_cleanly(continues=False):
         facts["rows"] = measure_all(found, run, count, limits, rounds=rounds, report_progress=console.print)
     write_record(out, "codec", facts, table(facts))
 

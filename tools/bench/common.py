@@ -3,7 +3,6 @@ records."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -19,12 +18,13 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from threading import Event, Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from launcher.supervise import die_with
 from regen_dist.distributed.environment import without_ranks
 from regen_dist.errors import EXIT_RESUME, ConfigError, DataError, TrainingError
 from regen_dist.jsontext import json_text
+from regen_dist.shared_files import lock_alone
 from regen_dist.tables import Column, Table, numbers
 
 if TYPE_CHECKING:
@@ -68,26 +68,14 @@ def write_record(out: Path, name: str, facts: dict[str, Any], text: str) -> None
     print(f"written: {', '.join(map(str, files))}", file=sys.stderr)
 
 
-@contextmanager
-def only_one(out: Path) -> Iterator[None]:
-    """Keep a bench's folder from a second process, whose runs and figures would mix with these.
+def only_one(out: Path) -> IO[str]:
+    """Keep a bench's folder from a second process, whose runs and figures would mix with these, until the returned file
+    is closed.
 
     Raises:
         ConfigError: another process uses the folder.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise ConfigError(f"{out} is in use by {lock.read()}; wait for its end, or give another --out") from None
-        except OSError:  # a disk without file locks
-            print(f"note: {out} supports no locks; let no other process work on it", file=sys.stderr)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-        lock.flush()
-        yield
+    return lock_alone(out / ".lock", "wait for its end, or give another --out")
 
 
 def claim_minutes(out: Path, minutes: float, option: str) -> None:

@@ -102,7 +102,7 @@ def data(
     load_embedder_config(config, [*asked, "data.url=nowhere"])  # refused now, not after minutes
     facts = opening_facts() | {"packages": {name: _version(name) for name in _PACKAGES}}
     facts["data"] = make_clips(folder, given)
-    with stopping_cleanly(), _place(url) as place:
+    with stopping_cleanly(continues=False), _place(url) as place:
         facts["store"] = place.described
         console.print(f"measuring {', '.join(parts)} on {place.described}")
         copy_dataset(folder, f"{place.url}/clips")
@@ -114,11 +114,12 @@ def data(
             folder, f"{place.url}/clips", f"{place.url}/small", base.model.num_frames, base.data.read, seconds, repeats,
             place.process, lambda name, turn: console.print(f"  {name}: {turn.rate:,.1f} a second"),
         )  # fmt: skip
-        for part in parts:
+        for number, part in enumerate(parts, 1):
             facts[part.value] = (
                 _waits(config, own, console.print) if part is DataPart.WAIT else getattr(suite, part.value)()
             )
-            write_text_atomically(out / "data.json", json_text(facts, indent=1) + "\n")
+            record = facts | {"unfinished": [each.value for each in parts[number:]]}
+            write_text_atomically(out / "data.json", json_text(record, indent=1) + "\n")
     write_record(out, "data", facts, table(facts))
 
 

@@ -79,7 +79,7 @@ def step(
     facts = opening_facts() | {"precision": stages.working_precision(), "steps": steps, "repeats": repeats}
     out.mkdir(parents=True, exist_ok=True)
     quiet(torch.device("cpu"))
-    with stopping_cleanly(), TemporaryDirectory(dir=out, prefix=".work-") as folder:
+    with stopping_cleanly(continues=False), TemporaryDirectory(dir=out, prefix=".work-") as folder:
         runs = prepared({EMBEDDER: embedder, T2V: t2v, SHARDED: sharded}, Path(folder), side)
         bench = StepBench(runs, Path(folder), steps, repeats, console.print)
         facts["runs"] = {name: run.facts() for name, run in runs.items()}

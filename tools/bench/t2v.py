@@ -87,7 +87,7 @@ def t2v(
     facts |= {"embedder": str(embedder), "embedder_overrides": encoding_own, "embedder_hash": config_hash(encoding)}
     facts |= {"batch": run.train.batch_global, "seconds": seconds, "repeats": repeats, "warm_steps": WARM_STEPS}
     out.mkdir(parents=True, exist_ok=True)
-    with stopping_cleanly(), TemporaryDirectory(dir=out, prefix=".work-") as folder:
+    with stopping_cleanly(continues=False), TemporaryDirectory(dir=out, prefix=".work-") as folder:
         clips, width = max(run.data.clips), run.model.text_width
         made = prepare(Path(folder), encoding, videos=videos, side=side, clips=clips, text_width=width)
         trained = _Training(run, made)

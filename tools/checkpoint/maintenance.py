@@ -300,7 +300,7 @@ def export(
         embedder=embedder,
         text=text,
     )
-    with stopping_cleanly(), progress_bar() as progress:
+    with stopping_cleanly(continues=False), progress_bar() as progress:
         made = export_model(run or PACKAGED_EMBEDDER, out, options, progress)
     if isinstance(made, T2VExportConfig) and (data or not statistics):
         typer.echo("Note: a text-to-video model has the statistics of its caches; options about them were ignored")

@@ -54,7 +54,7 @@ def gpu_check(
         claim_minutes(out, train, "--train")
     more = [] if train is None else ["--minutes", str(train), "--folder", str(out)]
     results = []
-    with stopping_cleanly(), TemporaryDirectory(prefix="regen-gpu-check-") as folder:
+    with stopping_cleanly(continues=train is not None), TemporaryDirectory(prefix="regen-gpu-check-") as folder:
         for part in (*parts, *([] if train is None else [training_part(train)])):
             print(f"{part.name} …", end=" ", file=sys.stderr, flush=True)
             limit_s = part.limit_s * (_CPU_PATIENCE if cpu else 1)

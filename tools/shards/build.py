@@ -114,12 +114,12 @@ def build(
 
 
 def _print_summary(manifest: DatasetManifest, made: int, out: str) -> None:
-    skipped = manifest.skipped
-    typer.echo(f"{out}: {_totals(manifest)} ({made} made now), {len(skipped)} left out")
+    typer.echo(f"{out}: {_totals(manifest)} ({made} made now), {manifest.num_skipped:,} left out")
     print_notes(manifest)
-    if not skipped:
-        return
-    for kind, number in Counter(skip.reason.partition(":")[0] for skip in skipped).most_common():
+    kinds: Counter[str] = Counter()
+    for reason, number in manifest.reasons().items():
+        kinds[reason.partition(":")[0]] += number
+    for kind, number in kinds.most_common():
         typer.echo(f"{number:8d}  {kind}")
     print_skipped(manifest)
 
@@ -136,14 +136,14 @@ def print_skipped(manifest: DatasetManifest) -> None:
     from regen_dist.data.format.manifest import listed
 
     if manifest.skipped:
-        typer.echo(
-            f"Left out (all are in manifest.json, `regen shards inspect` counts them):\n{listed(manifest.skipped)}"
-        )
+        number = "all" if manifest.skipped_counts is None else f"the first {len(manifest.skipped):,}"
+        first = listed(manifest.skipped, manifest.num_skipped)
+        typer.echo(f"Left out ({number} are in manifest.json, `regen shards inspect` counts them):\n{first}")
 
 
 def print_notes(manifest: DatasetManifest) -> None:
     """Print the number of conversions by kind; manifest.json names each source."""
-    for kind, number in Counter(note.note.partition(":")[0] for note in manifest.notes).most_common():
+    for kind, number in manifest.conversions().items():
         typer.echo(f"Converted, {kind}: {counted(number, 'source')}; manifest.json says how under notes")
 
 
@@ -173,7 +173,7 @@ def index(
     with stopping_cleanly(), progress_bar() as progress:
         made = index_tars(url, out, workers=workers, skip_broken=skip_broken, unwanted=unwanted, progress=progress)
     manifest = made.manifest
-    typer.echo(f"{out or url}: {_totals(manifest)} ({made.shards_made} indexed now), {len(manifest.skipped)} left out")
+    typer.echo(f"{out or url}: {_totals(manifest)} ({made.shards_made} indexed now), {manifest.num_skipped:,} left out")
     print_skipped(manifest)
     print_notes(manifest)
 

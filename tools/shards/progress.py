@@ -71,15 +71,19 @@ _AGAIN_S = 0.05
 
 
 @contextmanager
-def stopping_cleanly() -> Iterator[None]:
-    """End the command immediately on Ctrl-C or a batch system's signal: files are complete or absent, so the same
-    command continues. Exit code 75."""
+def stopping_cleanly(*, continues: bool = True) -> Iterator[None]:
+    """End the command immediately on Ctrl-C or a batch system's signal: files are complete or absent. Exit code 75.
+
+    Args:
+        continues: the same command goes on with what is there; false if it begins anew.
+    """
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with _resend_lost_signals():
             yield
     except KeyboardInterrupt:
-        print("Stopped. Finished files are kept; run the same command again to continue.", file=sys.stderr)
+        kept = "Finished files are kept; run the same command again to continue."
+        print(f"Stopped. {kept if continues else 'The same command begins anew.'}", file=sys.stderr)
         raise typer.Exit(EXIT_RESUME) from None
     finally:
         signal.signal(signal.SIGTERM, before)

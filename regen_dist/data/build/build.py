@@ -30,17 +30,16 @@ from regen_dist.data.format.index import SampleFacts
 from regen_dist.data.format.manifest import DatasetManifest, Note, Skip, claim, finished_manifest, write_manifest
 from regen_dist.data.format.writing import NewSample, ShardWriter
 from regen_dist.data.pool import Pool, Progress, worker_pool
-from regen_dist.data.storage.local import remove_leftovers
 from regen_dist.data.storage.store import Store
 from regen_dist.data.video.conversion import picture_to_rgb
 from regen_dist.data.video.transcode import EncodedSegment, Segment, encode_segments
 from regen_dist.errors import DataError, DiskFull
+from regen_dist.shared_files import IDLE_S, remove_leftovers
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
 MAX_BAD_SHARE = 0.5
-_IDLE_S = 3600.0  # other tasks may be at work on other machines: what they write is newer than that
 
 
 class Built(NamedTuple):
@@ -85,7 +84,7 @@ def build_shards(
     parts = cut_parts(found.found, options.part_gb * 1e9)
     claim(store, build_identity(found, options))
     if store.folder is not None:
-        remove_leftovers(store.folder, idle_s=_IDLE_S if task[1] > 1 else 0)
+        remove_leftovers(store.folder, idle_s=IDLE_S if task[1] > 1 else 0)
     todo = _unfinished(store, parts[task[0] :: task[1]])
     with local_copies(found.found) as copies, worker_pool(workers) as pool:
         builder = _Builder(store, parts, todo, options, pool, copies, max_bad_share, progress)

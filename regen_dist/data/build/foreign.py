@@ -38,11 +38,11 @@ from regen_dist.data.format.manifest import (
     write_manifest,
 )
 from regen_dist.data.pool import worker_pool
-from regen_dist.data.storage.local import remove_leftovers
 from regen_dist.data.storage.store import Store
 from regen_dist.data.video.conversion import LeftOut
 from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
+from regen_dist.shared_files import remove_leftovers
 
 if TYPE_CHECKING:
     from regen_dist.data.pool import Progress

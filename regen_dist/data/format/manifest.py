@@ -106,14 +106,14 @@ class DatasetManifest(_Record):
         return sum(self.reasons().values())
 
     def reasons(self) -> dict[str, int]:
-        """Return the number of sources and segments left out by reason, as `Counts` merges them."""
-        return (
-            Counts(skip.reason for skip in self.skipped).numbers if self.skipped_counts is None else self.skipped_counts
-        )
+        """Return the number of sources and segments left out by reason, as `Counts` merges them, the largest first."""
+        if self.skipped_counts is None:
+            return Counts(skip.reason for skip in self.skipped).numbers
+        return _largest_first(self.skipped_counts)
 
     def conversions(self) -> dict[str, int]:
         """Return the number of converted sources by the kind of the conversion."""
-        return Counts(map(_kind, self.notes)).numbers if self.note_counts is None else self.note_counts
+        return Counts(map(_kind, self.notes)).numbers if self.note_counts is None else _largest_first(self.note_counts)
 
     def boundaries(self) -> str:
         """Return a digest of the shard boundaries: the number of samples of each shard."""
@@ -232,9 +232,8 @@ def write_manifest(
             digest.add(table)
             described.add(table)
     if not entries:
-        raise DataError(
-            f"{store.url}: no sample is left; correct the sources or the options:\n{listed(left_out, left_out_counts.total)}"
-        )
+        first = listed(left_out, left_out_counts.total)
+        raise DataError(f"{store.url}: no sample is left; correct the sources or the options:\n{first}")
     manifest = DatasetManifest(
         schema_version=SCHEMA_VERSION,
         kind=kind,
@@ -380,7 +379,7 @@ class Counts:
         found: Counter[str] = Counter()
         for shown, count in self._groups.values():
             found[shown] += count
-        return dict(sorted(found.items(), key=lambda each: (-each[1], each[0])))
+        return _largest_first(found)
 
     def update(self, texts: Iterable[str]) -> None:
         """Count further texts."""
@@ -394,6 +393,10 @@ class Counts:
             general = text = "other reasons"
         shown, count = self._groups.get(general, (text, 0))
         self._groups[general] = text if text == shown else general, count + 1
+
+
+def _largest_first(numbers: dict[str, int]) -> dict[str, int]:
+    return dict(sorted(numbers.items(), key=lambda each: (-each[1], each[0])))
 
 
 def listed(skipped: Sequence[Skip], number: int | None = None) -> str:

@@ -226,11 +226,9 @@ def _unknown(store: Store, manifest: DatasetManifest, found: dict[str, int]) -> 
         known |= {name for name in found if _RECORDS.fullmatch(name) or _is_index_alone(name, found)}
     left = [path.name for path in sorted(store.folder.glob(".*.tmp"))] if store.folder is not None else []
     all_known = manifest.kind != "index" or manifest.skipped_counts is None  # a cut list does not name every tar
+    unknown = [name for name in map(printable, found) if name not in known] if all_known else []
     for what, names in (
-        (
-            "not named by the manifest",
-            [printable(name) for name in found if all_known and printable(name) not in known],
-        ),
+        ("not named by the manifest", unknown),
         ("left by a killed command (the same command again removes them)", left),
     ):
         if names:

@@ -6,10 +6,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
-import secrets
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +14,8 @@ from pathlib import Path
 from regen_dist.data.storage.connection import checked_name
 from regen_dist.data.storage.object_store import Listing, ObjectInfo, Range
 from regen_dist.errors import AccessDenied, DataError, DiskFull, ObjectMissing
+from regen_dist.shared_files import TEMPORARY, sync, temporary_beside
 
-_TEMPORARY = re.compile(r"^\..+\.(\d+)\.tmp$")  # .NAME.RANDOM.PROCESS.tmp
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -63,7 +60,7 @@ class LocalFolder:
                 for file in files:
                     path = Path(folder, file)
                     name = path.relative_to(self.folder).as_posix()
-                    if name.startswith(prefix) and not _TEMPORARY.match(file):
+                    if name.startswith(prefix) and not TEMPORARY.match(file):
                         try:
                             found[name] = _info(path)
                         except FileNotFoundError:
@@ -106,8 +103,7 @@ class LocalFolder:
         """A temporary path on the folder's disk; removed when left over."""
         with self._failures(name, "write"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        # Random: containers on several machines may write the same name at once, with the same process id.
-        temporary = self.folder / f".{Path(name).name}.{secrets.token_hex(4)}.{os.getpid()}.tmp"
+        temporary = temporary_beside(self.folder / Path(name).name)
         try:
             with full_disk(self.folder, f"{self._url}/{name}"):
                 yield temporary
@@ -148,38 +144,11 @@ def full_disk(folder: Path, where: str) -> Iterator[None]:
         ) from error
 
 
-def remove_leftovers(folder: Path, *, idle_s: float = 0.0) -> list[str]:
-    """Remove the temporary files and folders (as of `staging`) that killed processes left in a folder: those of none
-    that runs on this machine, and that were idle for `idle_s` seconds (for writers on other machines). Returns their
-    names."""
-    left = []
-    for path in sorted(folder.glob(".*.tmp")):
-        writer = _TEMPORARY.match(path.name)
-        if writer is None or _runs(int(writer[1])):
-            continue
-        try:
-            if time.time() - path.stat().st_mtime >= idle_s:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-                left.append(path.name)
-        except OSError:  # somebody else has removed it, or owns it
-            continue
-    return left
-
-
 def free_bytes(folder: Path) -> int:
     """Bytes free on the disk that holds `folder` (or its nearest existing parent)."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
-
-
-def sync(path: Path) -> None:
-    """Ask the system to bring a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:
@@ -220,19 +189,6 @@ def _copy_new(temporary: Path, target: Path) -> bool:
     except FileExistsError:
         return False
     sync(target)
-    return True
-
-
-def _runs(process: int) -> bool:
-    """Return true if another process on this machine has this id."""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
     return True
 
 

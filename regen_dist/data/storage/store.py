@@ -17,9 +17,10 @@ from typing import NoReturn
 
 from regen_dist.config.urls import Location, parse_url
 from regen_dist.data.storage.connection import StoreLimits, list_repository
-from regen_dist.data.storage.local import LocalFolder, full_disk, sync
+from regen_dist.data.storage.local import LocalFolder, full_disk
 from regen_dist.data.storage.object_store import Listing, ObjectInfo, ObjectStoreFolder, Range, exact_bytes
 from regen_dist.errors import DataError, ObjectCut, ObjectMissing
+from regen_dist.shared_files import sync
 
 # The files under a web address, or of a repository of the hub, as a read-only bucket.
 

@@ -17,15 +17,14 @@ from regen_dist.data.format.index import SCHEMA_VERSION, SampleFacts
 from regen_dist.data.format.manifest import DatasetManifest, Kind, claim, write_manifest
 from regen_dist.data.format.writing import Finished, NewSample, ShardLimits, ShardWriter, finished_shards, index_name
 from regen_dist.data.pool import Pool, Progress, worker_pool
-from regen_dist.data.storage.local import remove_leftovers
 from regen_dist.data.storage.store import Store
 from regen_dist.data.synthetic.shapes import DRAWING_VERSION, SyntheticClip, SyntheticOptions, make_clip
 from regen_dist.data.video.transcode import PRESET, X264_PARAMS
 from regen_dist.errors import DataError
+from regen_dist.shared_files import IDLE_S, remove_leftovers
 
 KIND: Kind = "synthetic"
 _CLIPS_PER_CALL = 16  # clips that a worker makes in one call
-_IDLE_S = 3600.0  # other tasks may be at work on other machines: what they write is newer than that
 
 
 class SyntheticResult(NamedTuple):
@@ -76,7 +75,7 @@ def build_synthetic(
     claim(store, _identity(options))
     mine = runs[index::count]
     if store.folder is not None:
-        remove_leftovers(store.folder, idle_s=_IDLE_S if count > 1 else 0)
+        remove_leftovers(store.folder, idle_s=IDLE_S if count > 1 else 0)
     with worker_pool(workers) as pool:
         made = _make_missing(store, mine, options, pool, progress)
     return _finish(store, runs, options, made)

@@ -26,7 +26,6 @@ import torch
 from regen_dist.checkpoint.export import MODEL_FILE
 from regen_dist.config.exported import ExportConfig, T2VExportConfig
 from regen_dist.config.files import write_text_atomically
-from regen_dist.data.storage.local import sync
 from regen_dist.errors import CheckpointError
 from regen_dist.inference.hub.inlining import own_module, pipeline_module
 from regen_dist.inference.latent_space import LatentSpace, LatentStatistics
@@ -34,6 +33,7 @@ from regen_dist.jsontext import json_text
 from regen_dist.models.text import TextEncoder
 from regen_dist.models.text.files import ENCODER_FOLDER
 from regen_dist.observe.hardware import choose_device, inference_dtype
+from regen_dist.shared_files import sync
 
 CONFIG_FILE, INDEX_FILE = "config.json", "diffusion_pytorch_model.safetensors.index.json"
 PIPELINE_FILE, TRANSFORMER, EMBEDDER, TEXT_ENCODER = "model_index.json", "transformer", "vae", "text_encoder"

@@ -20,7 +20,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from regen_dist.errors import CheckpointError, needing_extra
 from regen_dist.jsontext import json_text
+from regen_dist.shared_files import IDLE_S, remove_leftovers, sync, temporary_beside
 
 CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE = "config.json", "spiece.model", "model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS_FILE}.index.json"
@@ -254,7 +254,8 @@ def main() -> None:
 # Folders of an encoder that appear whole or not at all.
 @contextmanager
 def atomic_folder(folder: Path, is_present: Callable[[], bool]) -> Iterator[Path]:
-    """A new folder beside `folder` that is renamed to it when the block ends well, and removed when it does not.
+    """A new folder beside `folder` that is renamed to it when the block ends well, and removed when it does not; by the
+    next one beside it where this process is killed.
 
     Args:
         folder: not there yet, or empty.
@@ -265,12 +266,13 @@ def atomic_folder(folder: Path, is_present: Callable[[], bool]) -> Iterator[Path
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+        remove_leftovers(folder.parent, idle_s=IDLE_S)
+        made = temporary_beside(folder)
+        made.mkdir()
         try:
             yield made
-            made.chmod(0o755)
             for path in (*made.iterdir(), made):
-                _sync(path)
+                sync(path)
             _move_into_place(made, folder, is_present)
         finally:
             shutil.rmtree(made, ignore_errors=True)
@@ -287,15 +289,7 @@ def _move_into_place(made: Path, folder: Path, is_present: Callable[[], bool]) -
     except OSError:
         if not is_present():
             raise
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder.parent)
 
 
 # Conversion of encoders whose weights are published as pickles to safetensors.

@@ -40,7 +40,7 @@ COMMON_NAMES = {"cli": 4, "embedder": 4, "encoder": 3, "preencode": 3, "run": 4,
 CROSS_SUBJECT_TESTS = "tests/unit/launcher/test_shell_variables.py tests/unit/test_older_files.py"
 # Upper bounds, measured when each rule was written. Lower one after rewording or inlining; never raise one.
 MOST_BAD_OPENINGS = 0
-MOST_SMALL_HELPERS = 330
+MOST_SMALL_HELPERS = 293
 BAD_OPENING = re.compile(
     r"(What|Whatever|Of|As|By|Whether|Where|Wherever|Which|Who|Whose|How|Why|When|For|From|In|On|To|With|That|Those|There)\b"
 )

@@ -404,6 +404,16 @@ def test_the_copy_of_the_code(tmp_path: Path, root: Path) -> None:
     assert take_snapshot(tmp_path / "code", changed) != copy
 
 
+def test_a_copy_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launcher.submit.code_version", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        take_snapshot(tmp_path / "code")
+    assert list((tmp_path / "code").iterdir()) == []
+
+
 def test_a_copy_of_a_linked_folder(tmp_path: Path) -> None:
     """What changes in it makes another copy, too."""
     checkout, elsewhere = tmp_path / "checkout", tmp_path / "elsewhere"

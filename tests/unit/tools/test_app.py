@@ -229,7 +229,7 @@ def test_a_folder_belongs_to_one_app_and_nothing_else_is_removed(tmp_path: Path)
     assert mine.read_text() == "years"
     first = JobRunner(tmp_path / "app")
     (tmp_path / "app" / "work" / "0007").mkdir()
-    with pytest.raises(ConfigError, match="another regen app uses"):
+    with pytest.raises(ConfigError, match=r"app is in use by process .* end that app, or give another"):
         JobRunner(tmp_path / "app")
     first.close()
     JobRunner(tmp_path / "app").close()

@@ -211,6 +211,13 @@ def test_a_signal_that_a_destructor_swallows_is_heard(number: signal.Signals) ->
     assert sys.unraisablehook is before
 
 
+def test_a_command_that_begins_anew_does_not_promise_to_continue(capsys: pytest.CaptureFixture[str]) -> None:
+    for continues, said in ((True, "run the same command again to continue"), (False, "The same command begins anew")):
+        with pytest.raises(typer.Exit), stopping_cleanly(continues=continues):
+            raise KeyboardInterrupt
+        assert said in capsys.readouterr().err
+
+
 def test_an_index_that_is_stopped_asks_to_be_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the other commands that make datasets, whose jobs are requeued then."""
     monkeypatch.setattr(foreign, "index_tars", lambda *_, **__: signal.raise_signal(signal.SIGINT))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +104,24 @@ def test_a_full_disk_is_told_and_ends_nothing(tmp_path: Path) -> None:
         assert load_saved_config(first.folder) == first
 
 
+def test_what_a_killed_writer_left_in_the_folder_of_a_run_is_removed(tmp_path: Path) -> None:
+    """Where it has been idle for long: a writer on another machine may be at work."""
+    folder = tiny_run(tmp_path).folder
+    code = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        from regen_dist.config.files import write_text_atomically
+        os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        write_text_atomically(Path(sys.argv[1]) / "config.yaml", "")"""
+    assert subprocess.run([sys.executable, "-c", code, folder], check=False).returncode == -signal.SIGKILL
+    (left,) = folder.iterdir()
+    replace_config(tiny_run(tmp_path), 0)
+    assert left.exists()
+    os.utime(left, (0, 0))
+    replace_config(tiny_run(tmp_path), 0)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.hash", "config.yaml"]
+
+
 # A run resumes only where its checkpoint belongs.
 
 
@@ -137,7 +159,8 @@ def test_validation_data_that_is_not_there_ends_a_run_at_its_start(tmp_path: Pat
 def test_an_error_in_a_validation_loses_no_checkpoint(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
-    """It is saved before. A validation that succeeds puts its figures into the checkpoint of its step."""
+    """It is saved before. A validation that succeeds puts its figures into the checkpoint of its step, also
+    where the next start makes up for it."""
     config = tiny_run(tmp_path, data, train__steps=6, train__validate_every=2, checkpoint__every=2)
     config = config.model_copy(
         update={"checkpoint": config.checkpoint.model_copy(update={"asynchronous": asynchronous, "keep_last": 9})}
@@ -158,12 +181,12 @@ def test_an_error_in_a_validation_loses_no_checkpoint(
     lines = read_record(config.folder / "metrics.jsonl", "validation")
     psnr = {line["step"]: line["psnr_db"] for line in lines}
     assert {step: folder.manifest(step).metrics["psnr_db"] for step in folder.steps()} == {
-        2: psnr[2], 4: psnr[2], 6: psnr[6]
+        2: psnr[2], 4: psnr[4], 6: psnr[6]
     }  # fmt: skip
 
 
 def test_a_run_that_is_asked_to_stop_does_not_validate_first(tmp_path: Path, data: Path) -> None:
-    """A validation may outlast the time that is left; the next start goes on with the step after."""
+    """A validation may outlast the time that is left; the next start makes up for it, before its first step."""
     config, inbox = tiny_run(tmp_path, data, train__steps=2, train__validate_every=1), SignalInbox()
     inbox.first = "SIGUSR2"
     assert train(config, earlier=inbox) == EXIT_RESUME
@@ -171,7 +194,15 @@ def test_a_run_that_is_asked_to_stop_does_not_validate_first(tmp_path: Path, dat
     assert read_record(config.folder / "metrics.jsonl", "validation") == []
     assert train(config) == 0
     lines = read_record(config.folder / "metrics.jsonl", "validation")
-    assert [(line["step"], line["seconds"] > 0) for line in lines] == [(2, True)]
+    assert [(line["step"], line["seconds"] > 0) for line in lines] == [(1, True), (2, True)]
+    assert CheckpointFolder(str(config.checkpoints)).manifest(1).metrics["psnr_db"] == lines[0]["psnr_db"]
+
+
+def test_a_start_from_a_validated_step_does_not_validate_it_again(tmp_path: Path, data: Path) -> None:
+    assert train(tiny_run(tmp_path, data, train__steps=1, train__validate_every=1)) == 0
+    assert train(tiny_run(tmp_path, data, train__steps=2, train__validate_every=1)) == 0
+    lines = read_record(tmp_path / "tiny" / "metrics.jsonl", "validation")
+    assert [line["step"] for line in lines] == [1, 2]
 
 
 def test_another_embedder_ends_text_to_video_at_its_start(tmp_path: Path) -> None:

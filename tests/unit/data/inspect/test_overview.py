@@ -151,9 +151,8 @@ def test_a_long_list_of_what_was_left_out_is_counted(tmp_path: Path, monkeypatch
     write_manifest(store, names, "build", {}, first)
     cut = read_manifest(store)
     assert cut.skipped == whole.skipped[:2]
-    assert (
-        (cut.num_skipped, cut.reasons()) == (7, whole.reasons()) == (7, {"too short: N frames": 6, "nothing moves": 1})
-    )
+    assert cut.reasons() == whole.reasons() == {"too short: N frames": 6, "nothing moves": 1}
+    assert cut.num_skipped == 7
     assert cut.notes == whole.notes == (Note(source="long.mp4", note="HDR: tone-mapped"),)  # one source in two shards
     assert make_overview(open_dataset(tmp_path)).left_out == (("too short: N frames", 6), ("nothing moves", 1))
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from regen_dist.data.storage.connection import StoreLimits
-from regen_dist.data.storage.local import free_bytes, remove_leftovers
+from regen_dist.data.storage.local import free_bytes
 from regen_dist.data.storage.object_store import ByteSpan, join_ranges
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import AccessDenied, BackendError, DataError, DiskFull, ObjectCut, ObjectMissing
+from regen_dist.shared_files import remove_leftovers
 from tests.helpers.storecontract import StoreContract
 from tests.helpers.stores import use
 

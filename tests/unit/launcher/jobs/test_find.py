@@ -17,8 +17,8 @@ def start() -> Attempt:
 NOW = time.time()  # for all tests alike: they run long after they were collected
 
 
-def over(why: Why, *, again: bool = False, ago_s: float = 1000.0, text: str = "the reason") -> Attempt:
-    end = End(why=why, code=75, text=text, again=again, time=NOW - ago_s)
+def over(why: Why, *, again: bool = False, ago_s: float = 1000.0, text: str = "the reason", code: int = 75) -> Attempt:
+    end = End(why=why, code=code, text=text, again=again, time=NOW - ago_s)
     return start()._replace(end=end)
 
 
@@ -47,17 +47,22 @@ GONE, CANCELLED, FAILED = QueueState(), QueueState("CANCELLED"), QueueState("FAI
         pytest.param([over("done")], GONE, JobState("done"), id="done"),
         pytest.param([over("done")], RUNNING, JobState("done"), id="done, its job not yet"),
         pytest.param([over("stopped")], FAILED, JobState("stopped"), id="stopped"),
+        pytest.param([over("stopped", code=137)], GONE, JobState("stopped"), id="stopped without saving"),
+        pytest.param(
+            [over("stopped", code=4)], GONE,
+            JobState("failed", "asked to stop, it ended with exit code 4: see its log"), id="could not save",
+        ),
         pytest.param([over("failed")], FAILED, JobState("failed", "the reason"), id="failed"),
         pytest.param([over("preempted")], GONE, JobState("failed", "the reason"), id="gets nowhere"),
         pytest.param(
             [over("preempted", again=True)], GONE,
-            JobState("lost", "preempted, and then it was not requeued"), id="requeue failed",
+            JobState("lost", "preempted, and then it was not started again"), id="requeue failed",
         ),
         pytest.param(
             [start()], QueueState("NODE_FAIL"),
-            JobState("lost", "it was cut off (Slurm: NODE_FAIL), and is not in the queue"), id="lost its node",
+            JobState("lost", "it was cut off (Slurm: NODE_FAIL), and neither runs nor waits"), id="lost its node",
         ),
-        pytest.param([], GONE, JobState("lost", "it never began, and is not in the queue"), id="never began"),
+        pytest.param([], GONE, JobState("lost", "it never began, and neither runs nor waits"), id="never began"),
         pytest.param([], CANCELLED, JobState("stopped", "cancelled in the queue of Slurm"), id="scancel"),
     ],
 )  # fmt: skip

@@ -96,6 +96,14 @@ def test_now_kills_every_process(local: Here) -> None:
         assert (attempt.end.why, attempt.end.code, attempt.end.again) == ("stopped", 137, False)
 
 
+def test_a_job_whose_process_is_killed_ends(local: Here) -> None:
+    """It is lost, and not at work any more: nothing would stop it."""
+    job = local.watcher("w")
+    wait_until(lambda: is_printing(job), lambda: (job.folder / local_executor.LOG).read_text())
+    os.kill(int(job.id() or 0), signal.SIGKILL)
+    wait_until(lambda: not processes_of(local.root), lambda: processes_of(local.root))
+
+
 def test_one_task_of_an_array_is_stopped_alone(local: Here, capsys: pytest.CaptureFixture[str]) -> None:
     job = local.watcher("w", tasks=3, parallel=2)
     wait_until(lambda: is_printing(job) and is_printing(job, 1), lambda: (job.folder / local_executor.LOG).read_text())
@@ -286,7 +294,7 @@ def test_a_job_that_waits_in_slurm_is_cancelled_and_begins_no_more(
     assert stop(choose_job("a", tmp_path), tmp_path, at_once=False, wait=True)
     assert calls == [("scancel", "--state=PENDING", "12")]
     assert job.tasks[0].stop_file.exists()
-    assert capsys.readouterr().out == "a: stopped; saved at step 0 of 100; to go on: regen jobs resume a\n"
+    assert capsys.readouterr().out == "a: stopped; nothing is saved; to go on: regen jobs resume a\n"
     assert newest_job(tmp_path / "a") == job
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -143,25 +144,27 @@ def test_the_tasks_that_are_left_are_judged_by_their_own_outputs(monkeypatch: py
 
 def test_one_command_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "p"
-    with pipeline_lock(folder, print):
+    with pipeline_lock(folder):
         program = (
             "import sys; from pathlib import Path; from launcher.pipelines.run import pipeline_lock\n"
-            "with pipeline_lock(Path(sys.argv[1]), print): pass"
+            "with pipeline_lock(Path(sys.argv[1])): pass"
         )
         other = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=False)
-        assert "in use by another `regen submit pipeline` (process " in other.stderr
-    with pipeline_lock(folder, print):
+        assert f"in use by process {os.getpid()} on " in other.stderr
+        assert "it submits the same pipeline: wait for its end" in other.stderr
+    with pipeline_lock(folder):
         pass
 
 
-def test_a_folder_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def refuse(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    said = list[str]()
-    with pipeline_lock(tmp_path, said.append):
-        assert "supports no locks (Function not implemented)" in said[0]
+    with pipeline_lock(tmp_path):
+        assert "supports no locks (Function not implemented)" in capsys.readouterr().err
 
 
 def test_the_plan_that_is_printed() -> None:

@@ -92,6 +92,16 @@ def test_a_signal_may_come_amid_a_validation(tmp_path: Path) -> None:
     assert "two saves of 5.0 s, a validation of 40.0 s, 60.0 s in all" in told
 
 
+def test_wandb_takes_its_time_to_close(tmp_path: Path) -> None:
+    """Where a job is ended amid it, its end is not written down."""
+    for mode, said in (("offline", 0), ("online", 1)):
+        config = tiny_run(tmp_path, wandb__mode=mode)
+        record(config, began(), step(9.0), step(9.0), saved(10.0))
+        found = texts(timing.times(subject(config, TIMED)))
+        assert len(found) == said
+    assert "two saves of 10.0 s, at most 22 s until wandb is closed, 60.0 s in all" in found[0]
+
+
 def test_fewer_ranks_take_longer_for_a_step(tmp_path: Path) -> None:
     config = tiny_run(tmp_path)
     record(config, began(4), step(1.0), step(9.0), saved(1.0))

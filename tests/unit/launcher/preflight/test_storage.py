@@ -13,7 +13,7 @@ from launcher.preflight import runs as space
 from launcher.preflight import storage
 from launcher.preflight import storage as places
 from launcher.preflight.findings import Estimate, Estimates, NoEstimate, Subject
-from launcher.submit import SubmissionRequest, sweep_request, train_request
+from launcher.submit import SubmissionRequest, command_request, sweep_request, train_request
 from tests.helpers.tiny import tiny_run
 
 LOCAL = ClusterConfig(kind="local")
@@ -38,6 +38,8 @@ def test_a_run_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
         f"the run folder {tmp_path}/file/runs/tiny cannot be written to: {tmp_path}/file: Not a directory; choose "
         "another by output=FOLDER"
     ]
+    command = command_request("x", tmp_path / "file" / "x", ["check"], LOCAL, "test")
+    assert "output=FOLDER (of `regen submit run`: --output FOLDER)" in texts(places.folders(Subject(command)))[0]
 
 
 def test_looking_at_folders_leaves_nothing(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +99,7 @@ class TestMaking:
         out = tmp_path / "out"
         out.mkdir()
         with monkeypatch.context() as patched:
-            patched.setattr(files, "_sync", _no_space)
+            patched.setattr(files, "sync", _no_space)
             with pytest.raises(CheckpointError, match=r"cannot be written to .*out: No space left"):
                 make_small_encoder(captions[:9], out)
         assert list(tmp_path.rglob("*")) == [out]
@@ -105,6 +107,23 @@ class TestMaking:
         (out / "spiece.model").unlink()
         with pytest.raises(CheckpointError, match=r"lacks spiece\.model"):
             make_small_encoder(captions[:9], out)
+
+    def test_what_a_killed_one_left_is_removed(
+        self, captions: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A converted encoder that is cut off takes gigabytes."""
+        gone = subprocess.Popen(["true"])
+        gone.wait()
+        out = tmp_path / "out"
+        with monkeypatch.context() as killed:
+            killed.setattr(os, "getpid", lambda: gone.pid)
+            killed.setattr(files.shutil, "rmtree", lambda *_, **__: None)
+            with pytest.raises(KeyboardInterrupt), files.atomic_folder(out, lambda: False):
+                raise KeyboardInterrupt
+        (left,) = tmp_path.iterdir()
+        os.utime(left, (0, 0))
+        assert make_small_encoder(captions[:9], out)
+        assert list(tmp_path.iterdir()) == [out]
 
     def test_two_at_once(
         self, folder: Path, captions: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
