@@ -361,7 +361,7 @@ def _kind(note: Note) -> str:
 
 
 class Counts:
-    """How often each text occurs. Texts that differ only in numbers and file names are merged under their general form;
+    """Number of occurrences of each text. Texts that differ only in numbers and file names are merged under their general form;
     one that is always the same is given in full."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
