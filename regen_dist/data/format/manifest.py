@@ -361,8 +361,8 @@ def _kind(note: Note) -> str:
 
 
 class Counts:
-    """Number of occurrences of each text. Texts that differ only in numbers and file names are merged under their general form;
-    one that is always the same is given in full."""
+    """Number of occurrences of each text. Texts that differ only in numbers and file names are merged under their
+    general form; one that is always the same is given in full."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         self._groups: dict[str, tuple[str, int]] = {}  # by general form: the form shown, and the number
