@@ -51,7 +51,7 @@ unit: test-unit
 # A quarter of their time is waiting: one worker more than there are cores.
 test-unit: $(STAMP)
 	@echo "== unit =="
-	OMP_NUM_THREADS=1 pytest tests/unit -n $(shell expr $$(nproc) + 1) --dist worksteal -q $(AGAIN)
+	OMP_NUM_THREADS=1 pytest tests/unit -n $(shell expr $$(env -u OMP_NUM_THREADS nproc) + 1) --dist worksteal -q $(AGAIN)
 
 test-dist: $(STAMP)
 	@echo "== dist =="
