@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from launcher import local_executor, slurm
 from launcher.attempts import Attempt, End, attempts_since, read_history
 from launcher.job import JOB_FILE, LAUNCH, JobTask, Submission, read_job
-from regen_dist.errors import EXIT_OK, EXIT_RESUME, BackendError, ConfigError, RegenError
+from regen_dist.errors import BackendError, CheckpointError, ConfigError, RegenError
 
 TASKS = "tasks"
 DEPTH = 3  # runs/NAME, runs/PIPELINE/STEP, runs/ARRAY/tasks/00000
@@ -255,8 +255,6 @@ def _local_state(member: Member) -> QueueState | None:
     return QueueState("RUNNING") if history or not member.job.is_array else QueueState("PENDING", "the tasks before it")
 
 
-_KILLED = 128  # and more: the exit codes of what a signal ended
-
 # Task state, derived from its history, its scheduler and the files in its folder.
 
 State = Literal["pending", "running", "stopping", "requeued", "done", "stopped", "failed", "lost"]
@@ -319,9 +317,9 @@ def _state_of_ended(end: End) -> JobState:
         return JobState("done")
     if end.why != "stopped":
         return JobState("failed", end.text)
-    if end.code in (EXIT_OK, EXIT_RESUME) or end.code >= _KILLED:
-        return JobState("stopped")
-    return JobState("failed", f"asked to stop, it ended with exit code {end.code}: see its log")
+    if end.code == CheckpointError.exit_code:  # other commands than trainings may end with any code once told to stop
+        return JobState("failed", "asked to stop, it could not save: see its log")
+    return JobState("stopped")
 
 
 def _state_of_waiting(history: Sequence[Attempt], end: End | None, reason: str) -> JobState:

@@ -131,8 +131,9 @@ def test_the_card_says_what_it_is(run: EmbedderConfig) -> None:
     card = (out / "README.md").read_text()
     count = sum(tensor.numel() for tensor in _expected(run, "ema").values())
     for text in (
-        f"{count:,} in", "temporal compression k | 4: a clip is 5 frames", "step 7, after 28 clips", "data fingerprint | `f1`",
-        "psnr_db 21.5", "moving average (EMA)", "Codec.load(", "No license was chosen yet", "--no-statistics",
+        f"{count:,} in", "temporal compression k | 4: a clip is 5 frames", "step 7, after 28 clips",
+        "data fingerprint | `f1`", "psnr_db 21.5", "moving average (EMA)", "Codec.load(", "No license was chosen yet",
+        "--no-statistics",
     ):  # fmt: skip
         assert text in card, text
     config = load_export_config(out)

@@ -48,9 +48,10 @@ GONE, CANCELLED, FAILED = QueueState(), QueueState("CANCELLED"), QueueState("FAI
         pytest.param([over("done")], RUNNING, JobState("done"), id="done, its job not yet"),
         pytest.param([over("stopped")], FAILED, JobState("stopped"), id="stopped"),
         pytest.param([over("stopped", code=137)], GONE, JobState("stopped"), id="stopped without saving"),
+        pytest.param([over("stopped", code=1)], GONE, JobState("stopped"), id="a program of somebody else"),
         pytest.param(
             [over("stopped", code=4)], GONE,
-            JobState("failed", "asked to stop, it ended with exit code 4: see its log"), id="could not save",
+            JobState("failed", "asked to stop, it could not save: see its log"), id="could not save",
         ),
         pytest.param([over("failed")], FAILED, JobState("failed", "the reason"), id="failed"),
         pytest.param([over("preempted")], GONE, JobState("failed", "the reason"), id="gets nowhere"),
