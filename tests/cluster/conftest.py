@@ -64,7 +64,7 @@ def slurm_packages() -> None:
 @pytest.fixture(scope="session")
 def slurm_cluster(slurm_packages: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     """A running Slurm of two nodes with two fake GPUs each."""
-    with start_slurm(tmp_path_factory.mktemp("slurm"), grace_s=5) as cluster:
+    with start_slurm(tmp_path_factory.mktemp("slurm"), grace_s=15) as cluster:
         yield cluster
 
 
