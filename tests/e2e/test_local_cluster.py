@@ -143,8 +143,8 @@ def test_told_to_end_it_saves_and_goes_on_later(
     run, first = pipeline_folder / "runs" / "tiny", start()
     with held(run, 1, 2):
         other = Submitter(pipeline_folder, {})("pipeline", "p.yaml")
-        assert other.returncode == 1
-        assert f"another `regen submit pipeline` (process {first.pid} on {os.uname().nodename})" in other.stderr
+        assert other.returncode == 2
+        assert f"is in use by process {first.pid} on {os.uname().nodename}; it submits the same" in other.stderr
         first.send_signal(signal.SIGTERM)
     said, _ = first.communicate(timeout=60)
     assert first.returncode == 75, said
