@@ -103,7 +103,7 @@ class DatasetManifest(_Record):
     @property
     def num_skipped(self) -> int:
         """Number of sources and segments that were left out."""
-        return sum(self.reasons().values())
+        return len(self.skipped) if self.skipped_counts is None else sum(self.skipped_counts.values())
 
     def reasons(self) -> dict[str, int]:
         """Return the number of sources and segments left out by reason, as `Counts` merges them, the largest first."""

@@ -133,7 +133,7 @@ def test_bf16_keeps_masters_in_float32() -> None:
 
 
 def test_micro_batches_add_up_in_float32() -> None:
-    """As under ZeRO-3: sums in bf16 lose what is small beside them."""
+    """The same as under ZeRO-3: sums in bf16 lose what is small beside them."""
     engine = _engine(engine__precision="bf16", train__accumulation=64, train__batch_global=64)
     single = []
     for number in range(64):
@@ -230,7 +230,7 @@ def _graphs() -> int:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_gradients_of_compiled_blocks_are_those_without() -> None:
-    """By real machine code, of two blocks, which are compiled once."""
+    """Real machine code for two blocks, which are compiled once."""
     config = tiny_t2v_model(blocks=2, attention__backend="sdpa")
     model = build_model(config)
     wake(model)
@@ -254,7 +254,7 @@ def test_gradients_of_compiled_blocks_are_those_without() -> None:
 @pytest.mark.usefixtures("fresh_compiler", "quick")
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_every_block_of_an_embedder_is_compiled(recomputed: bool) -> None:
-    """Of encoder and decoder, of clips and images, also where they are recomputed."""
+    """Blocks of encoder and decoder, for clips and images, also where they are recomputed."""
     model = build_model(tiny_model(decoder__attention={"pattern": "window", "window": [2, 1, 2]}))
     model.set_activation_checkpointing(recomputed)
     wake(model)

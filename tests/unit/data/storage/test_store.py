@@ -256,7 +256,7 @@ def test_the_other_services_say_what_they_look_at(
 
 
 class _Blobs(BaseHTTPRequestHandler):
-    """As much of Azure's protocol as one read needs."""
+    """Server of the part of Azure's protocol that one read needs."""
 
     def do_GET(self) -> None:
         found = self.path == "/container/x/one.bin"

@@ -144,7 +144,7 @@ def test_any_buffer_is_read_in_place(numbered: Path) -> None:
 
 
 def obstore_bytes(data: bytes) -> obstore.Bytes:
-    """What a request to a store gives."""
+    """Bytes in the type that a request to a store returns."""
     store = MemoryStore()
     obstore.put(store, "video", data)
     return obstore.get_range(store, "video", start=0, length=len(data))

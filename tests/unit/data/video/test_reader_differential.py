@@ -258,7 +258,7 @@ def test_a_file_that_is_cut_off_is_read_and_noted(tmp_path: Path, container: str
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
 def test_a_matroska_file_that_begins_inside_an_open_group_of_pictures(tmp_path: Path, codec: str) -> None:
-    """As mkvmerge and recorders cut: the pictures in front of the first keyframe lean on what was cut away."""
+    """Cut as mkvmerge and recorders do: the pictures in front of the first keyframe lean on what was cut away."""
     whole, cut = tmp_path / "whole.mkv", tmp_path / "cut.mkv"
     keys = "open-gop=1:keyint=20:min-keyint=20:bframes=3:scenecut=0"
     extra = ("-x264-params", keys) if codec == "libx264" else ("-x265-params", f"{keys}:log-level=error:pools=1")
@@ -276,7 +276,7 @@ def test_a_matroska_file_that_begins_inside_an_open_group_of_pictures(tmp_path: 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
 def test_fields_that_have_a_packet_each(tmp_path: Path, container: str) -> None:
-    """As remuxed from a camera's AVCHD: two packets a frame, of which the second has a time but no frame."""
+    """AVCHD of a camera, remuxed: two packets a frame, of which the second has a time but no frame."""
     path, levels = tmp_path / f"a.{container}", range(40, 220, 6)
     (tmp_path / "a.h264").write_bytes(field_pictures(levels))
     ffmpeg("-fflags", "+genpts", "-i", tmp_path / "a.h264", "-c", "copy", path)

@@ -45,7 +45,7 @@ def _exported(folder: Path, *, export: dict[str, Any] | None = None, **changes: 
 
 
 def _ours(folder: Path) -> Any:
-    """By our class."""
+    """Load an export by the class in this package."""
     from regen_dist.inference.hub.embedder import VideoEmbedder
 
     return VideoEmbedder.from_pretrained(folder)
