@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -31,12 +32,12 @@ def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     """Return DejaVu Sans, which comes with matplotlib; without that Pillow's own font, which has fewer scripts."""
     from PIL import ImageFont
 
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
+    found = find_spec("matplotlib")  # not imported: that takes a fifth of a second at a training's first picture
+    file = Path(found.origin if found and found.origin else "").parent / "mpl-data" / "fonts" / "ttf"
+    file /= "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    if not file.is_file():
         return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+    return ImageFont.truetype(str(file), size)
 
 
 def save_png(image: Image.Image, path: Path) -> None:
