@@ -16,6 +16,7 @@ import secrets
 import shutil
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +25,15 @@ from regen_dist.errors import ConfigError
 TEMPORARY = re.compile(r"^\..+\.(\d+)\.tmp$")  # .NAME.RANDOM.PROCESS.tmp
 IDLE_S = 3600.0  # idle for so long, a temporary file of another machine has no writer any more
 _LONGEST_REPEATED = 150  # bytes of a name that others repeat; most file systems allow 255 for the whole name
+
+
+@cache
+def boot_id() -> str:
+    """Return an identifier of this machine's current start; empty if the system has none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
 
 
 def short_name(name: str) -> str:

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +31,7 @@ from regen_dist.data.storage.store import Store
 from regen_dist.errors import CheckpointError, DataError, ObjectMissing, RunBusy
 from regen_dist.jsontext import json_text
 from regen_dist.observe.heartbeat import host_and_namespace
+from regen_dist.shared_files import boot_id
 
 CLAIMS = "claims"
 _STATE, _START = 0, 19  # indices of the fields of /proc/PID/stat after the process name
@@ -82,7 +82,7 @@ def this_process(run: Path) -> Holder:
     host, namespace = host_and_namespace()
     now, restart = time.time(), os.environ.get("SLURM_RESTART_COUNT", "0")
     return Holder(
-        rank=0, host=host, pid=os.getpid(), started=_process_start(os.getpid()) or 0, boot=_boot(),
+        rank=0, host=host, pid=os.getpid(), started=_process_start(os.getpid()) or 0, boot=boot_id(),
         namespace=namespace, job=os.environ.get("SLURM_JOB_ID", ""), restart=int(restart) if restart.isdigit() else 0,
         run=str(run.absolute()), since=now, written=now, number=0, token=secrets.token_hex(8),
     )  # fmt: skip
@@ -95,15 +95,6 @@ def has_ended(holder: Holder, me: Holder) -> bool | None:
     if me.boot and me.namespace and (holder.boot, holder.namespace) == (me.boot, me.namespace):
         return _process_start(holder.pid) != holder.started
     return None
-
-
-@cache
-def _boot() -> str:
-    """Return the boot id of this machine; empty if the system has none."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
 
 
 def _process_start(pid: int) -> int | None:

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -21,7 +21,20 @@ from regen_dist.programs import start_safely
 
 Tag = TypeVar("Tag")
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 Progress = Callable[[str, int, int], None]  # called with (stage, done, total) by long operations
+
+
+def share_of(items: Sequence[Item], task: tuple[int, int]) -> Sequence[Item]:
+    """Return the items of task (i, n): every n-th from the i-th, which is counted from 0.
+
+    Raises:
+        DataError: there is no such task.
+    """
+    number, count = task
+    if not 0 <= number < count:
+        raise DataError(f"--task {number}/{count}: must be one of 0/{count} to {max(count, 1) - 1}/{max(count, 1)}")
+    return items[number::count]
 
 
 class Call(Generic[Result]):

@@ -6,7 +6,6 @@ same command again measures what is missing.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import hashlib
 import io
@@ -48,7 +47,7 @@ from regen_dist.evaluation.protocol import PinnedVideo, Protocol
 from regen_dist.evaluation.reconstruction_table import Measure
 from regen_dist.inference.frames import Frame, VideoWriter, write_video
 from regen_dist.jsontext import json_text
-from regen_dist.observe.hardware import describe_machine
+from regen_dist.observe.hardware import describe_machine, forget_peak, process_memory_bytes
 from regen_dist.pixels import to_float
 from regen_dist.shared_files import short_name
 
@@ -235,23 +234,16 @@ def reset_peak_memory() -> int:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    with suppress(AttributeError, OSError):  # another C library than glibc: freed memory then counts as in use
-        ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):  # not allowed: `peak_memory` is then that of the whole process so far
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _status_bytes("VmRSS")
+        forget_peak()
+    return process_memory_bytes("VmRSS")
 
 
 def peak_memory() -> int:
     """Bytes at the peak since `reset_peak_memory`."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(name: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    return int(status.split(f"{name}:")[1].split()[0]) * 1024
+    return process_memory_bytes("VmHWM")
 
 
 # Evaluation of all models on all videos.

@@ -41,7 +41,7 @@ from regen_dist.data.format.manifest import (
 )
 from regen_dist.data.format.writing import NewSample, ShardLimits, ShardWriter, index_name
 from regen_dist.data.loading.fetch import Fetcher, SampleLocation
-from regen_dist.data.pool import Progress
+from regen_dist.data.pool import Progress, share_of
 from regen_dist.data.storage.connection import limits_of
 from regen_dist.data.storage.store import Store
 from regen_dist.errors import CheckpointError, DataError
@@ -491,15 +491,13 @@ def preencode(
             CheckpointError: the embedder has no usable checkpoint.
             ConfigError: the given embedder is not an embedder.
     """
-    index, count = task
-    if not 0 <= index < count:
-        raise DataError(f"--task {index}/{count}: must be one of 0/{count} to {max(count, 1) - 1}/{max(count, 1)}")
     inputs, store = open_inputs(config), Store(config.output, limits_of(config.read))
+    numbers = range(len(inputs.dataset.manifest.shards))
+    mine = share_of(numbers, task)
     claim_cache(store, inputs)
     if store.folder is not None:
-        remove_leftovers(store.folder, idle_s=IDLE_S if count > 1 else 0)
-    numbers = range(len(inputs.dataset.manifest.shards))
-    todo = unfinished(store, numbers[index::count])
+        remove_leftovers(store.folder, idle_s=IDLE_S if task[1] > 1 else 0)
+    todo = unfinished(store, mine)
     began = time.perf_counter()
     with _tools(config, inputs, store, max_bad_share) as tools:
         encoded = _encode(tools, store, todo, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -111,6 +112,24 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def process_memory_bytes(name: str) -> int:
+    """Return a figure of /proc/self/status: `VmRSS` is resident now, `VmHWM` was at most since the process began, or
+    since `forget_peak`."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def forget_peak() -> None:
+    """Reset `VmHWM` (Linux, proc(5): clear_refs), after freed memory has gone back to the system.
+
+    Raises:
+        OSError: the system does not allow it.
+    """
+    with suppress(AttributeError, OSError):  # another C library than glibc: freed memory then counts as in use
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def describe_machine() -> dict[str, Any]:

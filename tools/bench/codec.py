@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
@@ -20,6 +19,7 @@ import typer
 
 from launcher.supervise import die_with
 from regen_dist.jsontext import json_text
+from regen_dist.observe.hardware import forget_peak, process_memory_bytes
 from regen_dist.programs import python
 from regen_dist.tables import Column, Table, numbers
 from tools import stages
@@ -36,7 +36,7 @@ from tools.bench.codec_systems import (
     own_config,
     parse_size,
 )
-from tools.bench.common import Figure, forget_peak, memory_now_bytes, opening_facts, spread, write_record
+from tools.bench.common import Figure, opening_facts, spread, write_record
 from tools.shards.progress import stopping_cleanly
 
 _SIZES = ["17x64x64", "33x64x64", "17x128x128"]
@@ -230,7 +230,6 @@ def _pixels(row: Row) -> int:
 # Each result is printed immediately, one JSON object per line, so that a killed process loses only what
 # follows.
 
-_C = ctypes.CDLL(None)
 _AGAIN_WITHIN_S = 30.0  # a pass that takes longer needs no second: what is done once weighs little in it
 
 
@@ -307,7 +306,7 @@ def measure(system: System, size: ClipSize, job: CodecJob) -> None:
     coder = system.coder(job.precision)
     video = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     video = video if system.is_own else video.to(DTYPES[job.precision])
-    base = memory_now_bytes("VmRSS")
+    base = process_memory_bytes("VmRSS")
     print_result(built_s=time.perf_counter() - begun, base_bytes=base)
     with torch.no_grad():
         for number in range(1 + job.repeats):
@@ -328,13 +327,11 @@ def one_pass(coder: Coder, video: torch.Tensor, base: int, number: int) -> float
 
 def spent(call: Callable[[], Any], base: int) -> tuple[Any, Spent]:
     """Return a call's result and its cost."""
-    if hasattr(_C, "malloc_trim"):  # of glibc: memory that earlier calls have left
-        _C.malloc_trim(0)
     forget_peak()
     wall, cpu = time.perf_counter(), time.process_time()
     result = call()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return result, Spent(wall, cpu, max(memory_now_bytes("VmHWM") - base, 0))
+    return result, Spent(wall, cpu, max(process_memory_bytes("VmHWM") - base, 0))
 
 
 if __name__ == "__main__":

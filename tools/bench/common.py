@@ -369,18 +369,6 @@ def turn_of(amount: float, costs: Mapping[str, float], **facts: float) -> Turn:
     return Turn(amount, costs["seconds"], {name: costs[name] for name in costs if name != "seconds"} | facts)
 
 
-def memory_now_bytes(name: str) -> int:
-    """Return a figure of /proc/self/status: `VmRSS` is resident now, `VmHWM` was at most since the process began, or
-    since `forget_peak`."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
-def forget_peak() -> None:
-    """Reset `VmHWM` (Linux, proc(5): clear_refs)."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
 def cpu_seconds(process: int) -> float:
     """Return the CPU seconds of a running process so far, with all threads and its ended children."""
     fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()

@@ -38,9 +38,10 @@ from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.data.video.timing import clip_frames
 from regen_dist.errors import DataError
 from regen_dist.jsontext import json_text
+from regen_dist.observe.hardware import process_memory_bytes
 from regen_dist.programs import python, start_safely
 from tools import stages
-from tools.bench.common import Turn, measured, memory_now_bytes, require_success, turn_of
+from tools.bench.common import Turn, measured, require_success, turn_of
 
 if TYPE_CHECKING:
     from threading import Barrier
@@ -313,12 +314,13 @@ def make_order(samples: int, *, mixed: bool) -> DataOrder:
 
 
 def _plan(samples: int, mixed: bool) -> dict[str, float]:
-    before, begun = memory_now_bytes("VmHWM"), time.perf_counter()  # `getrusage` has the parent's, if that is larger
+    # Not by `getrusage`, which has the parent's peak where that is larger.
+    before, begun = process_memory_bytes("VmHWM"), time.perf_counter()
     order = make_order(samples, mixed=mixed)
     for step in range(-(-samples // BATCH)):
         order.global_batch(step)
     seconds = time.perf_counter() - begun
-    return {"seconds": seconds, "peak_mb": memory_now_bytes("VmHWM") / 1e6, "before_mb": before / 1e6}
+    return {"seconds": seconds, "peak_mb": process_memory_bytes("VmHWM") / 1e6, "before_mb": before / 1e6}
 
 
 def _start(url: str, crop: int, num_frames: int, batch: int, begun: float) -> dict[str, float]:

@@ -29,11 +29,11 @@ from regen_dist.distributed.zero3 import build_engine
 from regen_dist.jsontext import json_text
 from regen_dist.models.flops import FlopReport, count_flops, count_row_flops
 from regen_dist.models.memory import memory_bytes
-from regen_dist.observe.hardware import peak_tflops
+from regen_dist.observe.hardware import forget_peak, peak_tflops, process_memory_bytes
 from regen_dist.training.loop import Stepper
 from regen_dist.training.metrics import StepMeter
 from regen_dist.training.run import build_task
-from tools.bench.common import Case, Rounds, Turn, forget_peak, memory_now_bytes, ratio, spread
+from tools.bench.common import Case, Rounds, Turn, ratio, spread
 
 
 def result_file(folder: Path, rank: int) -> Path:
@@ -153,7 +153,7 @@ def measure(config: AnyRunConfig, ranks: Ranks, *, warm: int, steps: int) -> dic
     def before_model() -> None:
         _import_backend(config)
         forget_peak()
-        base.append(memory_now_bytes("VmRSS"))
+        base.append(process_memory_bytes("VmRSS"))
 
     training = Training(config, ranks, before_model=before_model)
     try:
@@ -162,7 +162,7 @@ def measure(config: AnyRunConfig, ranks: Ranks, *, warm: int, steps: int) -> dic
         turns = [_timed(training) for _ in range(steps)]
     finally:
         training.close()
-    memory = {"base_bytes": base[0], "peak_bytes": memory_now_bytes("VmHWM") - base[0]}
+    memory = {"base_bytes": base[0], "peak_bytes": process_memory_bytes("VmHWM") - base[0]}
     facts = {"parameters": training.parameters, "sample": training.sample, "loss": training.loss}
     return {"steps": turns, **memory, **facts, "threads": torch.get_num_threads()}
 

@@ -29,7 +29,7 @@ from regen_dist.data.build.sources import VideoSource, find_sources
 from regen_dist.data.format.index import SampleFacts
 from regen_dist.data.format.manifest import DatasetManifest, Note, Skip, claim, finished_manifest, write_manifest
 from regen_dist.data.format.writing import NewSample, ShardWriter
-from regen_dist.data.pool import Pool, Progress, worker_pool
+from regen_dist.data.pool import Pool, Progress, share_of, worker_pool
 from regen_dist.data.storage.store import Store
 from regen_dist.data.video.conversion import picture_to_rgb
 from regen_dist.data.video.transcode import EncodedSegment, Segment, encode_segments
@@ -82,10 +82,11 @@ def build_shards(
     options, store = options or BuildOptions(), Store(out)
     found = find_sources(sources, captions, columns)
     parts = cut_parts(found.found, options.part_gb * 1e9)
+    mine = share_of(parts, task)
     claim(store, build_identity(found, options))
     if store.folder is not None:
         remove_leftovers(store.folder, idle_s=IDLE_S if task[1] > 1 else 0)
-    todo = _unfinished(store, parts[task[0] :: task[1]])
+    todo = _unfinished(store, mine)
     with local_copies(found.found) as copies, worker_pool(workers) as pool:
         builder = _Builder(store, parts, todo, options, pool, copies, max_bad_share, progress)
         builder.run()

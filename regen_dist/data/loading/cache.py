@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from regen_dist.errors import DataError
+from regen_dist.shared_files import boot_id
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -78,7 +79,7 @@ class DiskCache:
         self.hits = self.misses = self.evicted = self.skipped = self.failures = 0
         self.problem: str | None = None
         self._paused_until = 0.0
-        self._boot = _boot_id()
+        self._boot = boot_id()  # after a reboot the record may be older than the files
         try:
             os.makedirs(os.path.join(self.folder, _FILLING), exist_ok=True)
             os.close(self._open_usage())
@@ -281,10 +282,3 @@ def _lock(descriptor: int) -> bool:
 
 def _occupied(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
-
-
-def _boot_id() -> str:
-    """Return the machine's boot id: after a reboot the record may be older than the files."""
-    with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text()
-    return ""

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 from regen_dist.data.format.index import SCHEMA_VERSION, SampleFacts
 from regen_dist.data.format.manifest import DatasetManifest, Kind, claim, write_manifest
 from regen_dist.data.format.writing import Finished, NewSample, ShardLimits, ShardWriter, finished_shards, index_name
-from regen_dist.data.pool import Pool, Progress, worker_pool
+from regen_dist.data.pool import Pool, Progress, share_of, worker_pool
 from regen_dist.data.storage.store import Store
 from regen_dist.data.synthetic.shapes import DRAWING_VERSION, SyntheticClip, SyntheticOptions, make_clip
 from regen_dist.data.video.transcode import PRESET, X264_PARAMS
-from regen_dist.errors import DataError
 from regen_dist.shared_files import IDLE_S, remove_leftovers
 
 KIND: Kind = "synthetic"
@@ -68,14 +67,11 @@ def build_synthetic(
     Raises:
         DataError: `out` holds something else, or there is no such task.
     """
-    index, count = task
-    if not 0 <= index < count:
-        raise DataError(f"--task {index}/{count}: must be one of 0/{count} to {max(count, 1) - 1}/{max(count, 1)}")
     store, runs = Store(out), _runs(options)
+    mine = share_of(runs, task)
     claim(store, _identity(options))
-    mine = runs[index::count]
     if store.folder is not None:
-        remove_leftovers(store.folder, idle_s=IDLE_S if count > 1 else 0)
+        remove_leftovers(store.folder, idle_s=IDLE_S if task[1] > 1 else 0)
     with worker_pool(workers) as pool:
         made = _make_missing(store, mine, options, pool, progress)
     return _finish(store, runs, options, made)
