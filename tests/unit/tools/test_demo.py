@@ -78,6 +78,17 @@ def starts(run: Path) -> list[int]:
     return [line["step"] for line in lines if line["kind"] == "event"]
 
 
+def test_a_cpu_without_bf16_trains_fewer_steps_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without: float32 and fewer steps than the config's; what the user asks for comes after it, and counts."""
+    monkeypatch.setattr(stages, "working_precision", lambda: "fp32")
+    own = demo._machine_overrides()
+    assert load_config(CONFIG, own).train.steps == demo.FP32_TRAIN_STEPS < load_config(CONFIG, []).train.steps
+    assert load_config(CONFIG, own).engine.precision == "fp32"
+    assert load_config(CONFIG, [*own, "train.steps=60"]).train.steps == 60
+    monkeypatch.setattr(stages, "working_precision", lambda: "bf16")
+    assert demo._machine_overrides() == []
+
+
 def test_stops_once_and_goes_on(
     training: Path, config: EmbedderConfig, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
