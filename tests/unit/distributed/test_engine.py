@@ -255,7 +255,9 @@ def test_every_block_of_an_embedder_is_compiled(monkeypatch: pytest.MonkeyPatch)
     clip = torch.randn(1, 3, 5, 16, 16)
     expected = model(clip, clip, torch.ones(1))[0]
     compile_blocks(model)
-    assert len(blocks_of(model)) == len(model.encoder.layers) + len(model.decoder.blocks)  # type: ignore[union-attr, arg-type]
+    blocks = [*model.encoder.layers, *model.decoder.blocks]  # type: ignore[union-attr, misc]
+    assert [*blocks_of(model)] == blocks
+    assert all(each._compiled_call_impl is not None for each in blocks)
     found = model(clip, clip, torch.ones(1))[0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     found.square().mean().backward()
