@@ -62,7 +62,7 @@ def write_video(
         params = f"keyint={keyframe_interval}:bframes=3:threads=1" + f":{x264}" * bool(x264)
         options = {"crf": str(crf), "preset": "fast", "x264-params": params}
         if codec != "libx264":
-            options = {"g": str(keyframe_interval)}
+            options = {"g": str(keyframe_interval)} | ({"cpu-used": "5"} if codec == "libvpx-vp9" else {})
         stream = container.add_stream(codec, rate=fps, options=options)
         assert isinstance(stream, av.VideoStream)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"

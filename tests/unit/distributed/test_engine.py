@@ -217,12 +217,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks are traced, forward and backward pass, and no machine code is made of them."""
-    monkeypatch.setattr(engines, "BACKEND", "aot_eager")
-
-
 def _graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
@@ -251,26 +245,30 @@ def test_gradients_of_compiled_blocks_are_those_without() -> None:
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.usefixtures("fresh_compiler", "quick")
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_every_block_of_an_embedder_is_compiled(recomputed: bool) -> None:
-    """Blocks of encoder and decoder, for clips and images, also where they are recomputed."""
+@pytest.mark.usefixtures("fresh_compiler")
+def test_every_block_of_an_embedder_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of encoder and decoder, recomputed in the backward pass; no machine code is made of them."""
+    monkeypatch.setattr(engines, "BACKEND", "aot_eager")
     model = build_model(tiny_model(decoder__attention={"pattern": "window", "window": [2, 1, 2]}))
-    model.set_activation_checkpointing(recomputed)
+    model.set_activation_checkpointing(True)
     wake(model)
     clip = torch.randn(1, 3, 5, 16, 16)
     expected = model(clip, clip, torch.ones(1))[0]
     compile_blocks(model)
-    assert len(blocks_of(model)) == len(model.encoder.layers) + len(model.decoder.blocks)  # type: ignore[union-attr, arg-type]
+    blocks = [*model.encoder.layers, *model.decoder.blocks]  # type: ignore[union-attr, misc]
+    assert [*blocks_of(model)] == blocks
+    assert all(each._compiled_call_impl is not None for each in blocks)
     found = model(clip, clip, torch.ones(1))[0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     found.square().mean().backward()
     assert _graphs() >= 4
 
 
-@pytest.mark.usefixtures("fresh_compiler", "quick")
-def test_a_run_goes_on_compiled_and_not(tmp_path: Path) -> None:
-    """Three steps each: compiled, then not, then compiled, give the losses of a run that never was."""
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_run_goes_on_compiled_and_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps each: compiled, then not, then compiled, give the losses of a run that never was. Blocks are traced,
+    and no machine code is made of them."""
+    monkeypatch.setattr(engines, "BACKEND", "eager")
     cache = write_cache(tmp_path / "cache", clips=[1] * 8)
     changes: dict[str, Any] = {"engine__kind": "plain", "data__clips": [1], "train__validate_every": 100}
 

@@ -40,11 +40,29 @@ def text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TextEncoder, "load", lambda config, device: StandInText())
 
 
+@pytest.fixture(scope="module")
+def made(embedder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven captioned videos in shards of two, and their cache. Read them, do not change them."""
+    folder = tmp_path_factory.mktemp("made")
+    write_videos(folder, VIDEOS, samples_per_shard=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextEncoder, "load", lambda config, device: StandInText())
+        preencode(preencode_config(embedder, folder / "shards", folder / "cache", text=TEXT))
+    return folder
+
+
 @pytest.fixture
-def config(embedder: Path, tmp_path: Path) -> PreencodeConfig:
-    """Of seven captioned videos in shards of two."""
-    write_videos(tmp_path, VIDEOS, samples_per_shard=2)
+def config(made: Path, embedder: Path, tmp_path: Path) -> PreencodeConfig:
+    """Of a copy of the videos."""
+    shutil.copytree(made / "shards", tmp_path / "shards")
     return preencode_config(embedder, tmp_path / "shards", tmp_path / "cache", text=TEXT)
+
+
+@pytest.fixture
+def encoded(made: Path, config: PreencodeConfig) -> PreencodeConfig:
+    """The same, with the cache."""
+    shutil.copytree(made / "cache", config.output)
+    return config
 
 
 def _rebuild(
@@ -92,18 +110,17 @@ def _as_before(folder: str | Path, *names: str) -> None:
     ("change", "old"), [(_another_caption, False), (_no_caption, False), (_swapped, False), (_swapped, True)]
 )
 def test_a_dataset_with_another_caption_is_refused(
-    config: PreencodeConfig, change: Callable[[SampleFacts], SampleFacts], old: bool
+    encoded: PreencodeConfig, change: Callable[[SampleFacts], SampleFacts], old: bool
 ) -> None:
-    preencode(config)
     if old:
-        _as_before(config.output, "plan.json", "manifest.json")
-    before = objects(config.output)
-    _rebuild(config, change)
+        _as_before(encoded.output, "plan.json", "manifest.json")
+    before = objects(encoded.output)
+    _rebuild(encoded, change)
     with pytest.raises(DataError, match="has other captions" if old else r"source\.captions: .* there, .* now"):
-        preencode(config)
+        preencode(encoded)
     with pytest.raises(DataError, match=r"has other captions|source\.captions"):
-        verify_cache(config, samples=2)
-    assert objects(config.output) == before
+        verify_cache(encoded, samples=2)
+    assert objects(encoded.output) == before
 
 
 @pytest.mark.parametrize(
@@ -125,19 +142,17 @@ def test_other_shards_are_refused(
     assert objects(config.output) == before
 
 
-def test_motion_and_rates_that_the_cache_holds_are_compared(config: PreencodeConfig) -> None:
-    preencode(config)
-    _rebuild(config, lambda said: replace(said, motion=0.25))
+def test_motion_and_rates_that_the_cache_holds_are_compared(encoded: PreencodeConfig) -> None:
+    _rebuild(encoded, lambda said: replace(said, motion=0.25))
     with pytest.raises(DataError, match=r"source\.facts: "):
-        preencode(config)
+        preencode(encoded)
 
 
-def test_the_same_dataset_built_again_is_the_same(config: PreencodeConfig) -> None:
-    preencode(config)
-    before = objects(config.output)
-    _rebuild(config)
-    assert preencode(config).shards_made == 0
-    assert objects(config.output) == before
+def test_the_same_dataset_built_again_is_the_same(encoded: PreencodeConfig) -> None:
+    before = objects(encoded.output)
+    _rebuild(encoded)
+    assert preencode(encoded).shards_made == 0
+    assert objects(encoded.output) == before
 
 
 def test_caches_of_an_earlier_version_are_finished_and_verified(config: PreencodeConfig) -> None:
@@ -189,14 +204,13 @@ def test_an_index_that_was_replaced_meanwhile_is_not_read(config: PreencodeConfi
         dataset.sample(4)
 
 
-def test_a_cache_that_does_not_account_for_all_videos_is_bad(config: PreencodeConfig) -> None:
-    preencode(config)
-    verdict = verify_dataset(config.output, "quick", workers=0)
+def test_a_cache_that_does_not_account_for_all_videos_is_bad(encoded: PreencodeConfig) -> None:
+    verdict = verify_dataset(encoded.output, "quick", workers=0)
     assert (verdict.bad, verdict.notes) == ((), ())
-    store = Store(config.output)
+    store = Store(encoded.output)
     content = json.loads(store.get("manifest.json"))
     content["options"]["source"]["samples"] = 9
     store.put("manifest.json", to_json(content))
-    assert verify_dataset(config.output, "quick", workers=0).bad == (
+    assert verify_dataset(encoded.output, "quick", workers=0).bad == (
         "manifest.json: entries and what was left out are 7, the videos were 9",
     )

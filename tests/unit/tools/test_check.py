@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,10 @@ def dataset(tiny_shards: Path) -> Path:
     return tiny_shards
 
 
-def regen_check(folder: Path, *arguments: object, run: Any = run_here) -> tuple[int, dict[str, Any]]:
-    """Exit code and JSON of the command, in a folder of its own."""
-    ended = run(regen("check", "--json", *map(str, arguments)), cwd=folder, capture_output=True, text=True)
+def regen_check(folder: Path, *arguments: object) -> tuple[int, dict[str, Any]]:
+    """Exit code and JSON of the command, in a folder of its own; tests/unit/launcher/preflight/test_findings.py starts
+    the process."""
+    ended = run_here(regen("check", "--json", *map(str, arguments)), cwd=folder)
     assert ended.stdout, ended.stderr
     return ended.returncode, json.loads(ended.stdout)
 
@@ -46,7 +46,7 @@ def keys(told: dict[str, Any], level: str = "error") -> list[str]:
 
 def test_a_run_that_would_start(dataset: Path, tmp_path: Path) -> None:
     config = tiny_run(tmp_path / "runs", dataset)
-    code, told = regen_check(tmp_path, written(config, tmp_path), run=subprocess.run)
+    code, told = regen_check(tmp_path, written(config, tmp_path))
     assert (code, told["ok"], told["findings"]) == (0, True, [])
     assert sorted(os.listdir(tmp_path)) == ["tiny.yaml"], "nothing is written"
 

@@ -47,8 +47,9 @@ def test_what_tarfile_finds_is_found(
 ) -> None:
     monkeypatch.setattr(tarscan, "PIECE_BYTES", piece_bytes)
     path = some_tar(tmp_path / "x.tar", form=form)
-    assert scan(path) == members(path)
-    assert len(scan(path)) == 3
+    found = scan(path)
+    assert found == members(path)
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

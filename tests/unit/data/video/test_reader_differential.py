@@ -22,7 +22,7 @@ HEVC = ("-c:v", "libx265", "-preset", "ultrafast", "-x265-params", "log-level=er
 VP9 = ("-c:v", "libvpx-vp9", "-cpu-used", "8", "-deadline", "realtime", "-g", "20")
 MPEG2 = ("-c:v", "mpeg2video", "-q:v", "2", "-bf", "2")
 MPEG4 = ("-c:v", "mpeg4", "-q:v", "2", "-bf", "2")
-GOP = (*H264, "-g", "20")
+GOP = (*H264, "-preset", "veryfast", "-g", "20")
 NO_B = (*GOP, "-bf", "0")
 
 MATRIX: dict[str, tuple[str, ...]] = {

@@ -84,18 +84,6 @@ def test_a_command_is_stopped_for_good(local: Here, capsys: pytest.CaptureFixtur
     wait_until(lambda: not processes_of(local.root), lambda: processes_of(local.root))
 
 
-def test_now_kills_every_process(local: Here) -> None:
-    """And leaves word, so that the next start does not take it for a failure."""
-    job = local.watcher("w", tasks=2, parallel=2)
-    wait_until(lambda: is_printing(job) and is_printing(job, 1), lambda: (job.folder / local_executor.LOG).read_text())
-    assert stop(choose_job("w", local.root), local.root, at_once=True, wait=True)
-    wait_until(lambda: not processes_of(local.root), lambda: processes_of(local.root), timeout_s=60)
-    for task in job.tasks:
-        (attempt,) = read_history(task.launch)
-        assert attempt.end is not None
-        assert (attempt.end.why, attempt.end.code, attempt.end.again) == ("stopped", 137, False)
-
-
 def test_a_job_whose_process_is_killed_ends(local: Here) -> None:
     """It is lost, and not at work any more: nothing would stop it."""
     job = local.watcher("w")
@@ -104,7 +92,10 @@ def test_a_job_whose_process_is_killed_ends(local: Here) -> None:
     wait_until(lambda: not processes_of(local.root), lambda: processes_of(local.root))
 
 
-def test_one_task_of_an_array_is_stopped_alone(local: Here, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tasks_of_an_array_are_stopped_alone_and_the_rest_at_once(
+    local: Here, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Now kills every process, and leaves word, so that the next start does not take it for a failure."""
     job = local.watcher("w", tasks=3, parallel=2)
     wait_until(lambda: is_printing(job) and is_printing(job, 1), lambda: (job.folder / local_executor.LOG).read_text())
     assert stop(choose_job("w/2", local.root), local.root, at_once=False, wait=True)
@@ -114,8 +105,12 @@ def test_one_task_of_an_array_is_stopped_alone(local: Here, capsys: pytest.Captu
     assert stop(choose_job("w/0", local.root), local.root, at_once=False, wait=True)
     assert whys(job.tasks[0].folder) == ["stopped"]
     assert whys(job.tasks[1].folder) == [""]
-    assert stop(choose_job("w", local.root), local.root, at_once=False, wait=True)
-    assert whys(job.tasks[1].folder) == ["stopped"]
+    assert stop(choose_job("w", local.root), local.root, at_once=True, wait=True)
+    wait_until(lambda: not processes_of(local.root), lambda: processes_of(local.root), timeout_s=60)
+    (attempt,) = read_history(job.tasks[1].launch)
+    assert attempt.end is not None
+    assert (attempt.end.why, attempt.end.code, attempt.end.again) == ("stopped", 137, False)
+    assert whys(job.tasks[0].folder) == ["stopped"]
     assert not (job.tasks[2].folder / "launch").exists()
 
 

@@ -26,6 +26,7 @@ from launcher.submit import SubmissionRequest, command_request, sweep_request, t
 from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.errors import BackendError
 from regen_dist.models.embedder import build_model
+from tests.helpers.commands import run_here
 from tests.helpers.jobs import ended, started
 from tests.helpers.latents import write_cache
 from tests.helpers.t2v import t2v_run
@@ -276,9 +277,9 @@ def test_describing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         Estimates(patience_s=0.0).of(tiny_run(), 1)
 
 
-def test_describe_is_asked_with_the_overrides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The real one, from a folder that is no checkout."""
-    monkeypatch.chdir(tmp_path)
+def test_describe_is_asked_with_the_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real command, here in this process; `regen check` is started as a process in the same way."""
+    monkeypatch.setattr(subprocess, "run", run_here)
     config = tiny_run(engine__kind="zero3", model__decoder__width=64)
     found = findings.describe(config, 2, 120.0)
     assert found.parameters == sum(each.numel() for each in build_model(config.model).parameters())

@@ -320,6 +320,7 @@ def test_safetensors_need_no_conversion(tmp_path: Path) -> None:
         convert_encoder(str(tmp_path / "source"), tmp_path / "out")
 
 
+@pytest.mark.usefixtures("quickly")
 def test_the_command(tmp_path: Path) -> None:
     _saved("umt5", tmp_path / "source")
     _pickle_weights(tmp_path / "source")
