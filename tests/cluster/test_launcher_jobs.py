@@ -20,7 +20,7 @@ from tests.helpers.tiny import tiny_dataset, tiny_run
 from tests.helpers.video import moving_square, write_video
 from tools.local_services.slurm import SlurmCluster
 
-STEPS = 80
+STEPS = 50
 # What a shell, sbatch and Slurm's own patterns would make something of.
 ODD = 'it\'s "odd" $(touch pwned) `x` & ; * #'
 

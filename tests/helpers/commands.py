@@ -46,8 +46,8 @@ def run_here(
 
 
 def regen_here(*arguments: object, cwd: Path, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """`regen ARGUMENTS` by `run_here`, and in the same way the `regen check` that a submission starts: with its import
-    of torch it costs more than all else."""
+    """`regen ARGUMENTS` by `run_here`, and in the same way the `regen check` and `regen describe` that a submission
+    starts: `describe` imports torch, which takes longer than all else."""
 
     def run(command: Sequence[str], **more: Any) -> subprocess.CompletedProcess[str]:
         if command[0] != _PYTHON:
