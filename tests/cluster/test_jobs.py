@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from regen_dist.config import to_yaml
+from tests.helpers.commands import regen_here
 from tests.helpers.jobs import Submitter, attempts, held, losses, told, wait_for_end, wait_until, whys
 from tests.helpers.slurm import said, state, submit, wait_for
 from tests.helpers.tiny import tiny_dataset, tiny_run
@@ -35,18 +36,20 @@ class Desk:
         arguments = ("--cluster", "loopback", "--nodes", 2, "--set", "exclusive=true", *more)
         return str(self.submit.job(self.run(name), "train", self.folder / "tiny.yaml", f"name={name}", *arguments).id())
 
-    def jobs(self, *arguments: object, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
-        """`regen jobs ARGUMENTS` to its end."""
-        with self.started(*arguments) as process:
-            out, err = process.communicate(timeout=timeout_s)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    def jobs(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """`regen jobs ARGUMENTS` to its end, in this process."""
+        return regen_here("jobs", *arguments, cwd=self.folder, env=self.environment())
 
     def started(self, *arguments: object) -> subprocess.Popen[str]:
+        """`regen jobs ARGUMENTS` in a process of its own."""
         command = [sys.executable, "-m", "tools.cli", "jobs", *map(str, arguments)]
         return subprocess.Popen(
-            command, cwd=self.folder, env={**os.environ, **self.slurm.environment(), "COLUMNS": "80"},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            command, cwd=self.folder, env=self.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, **self.slurm.environment(), "COLUMNS": "80"}
 
     def row(self, name: str) -> dict[str, Any]:
         """One row of the table, for scripts."""
@@ -179,7 +182,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_job_is_what_its_command_asks_for(folder: Path, slurm: SlurmCluster) -> None:
     """Partition, time limit and requeueing are those of the cluster's file; two ranks find each other, and each other
     alone; the job ends well."""
-    regen_submit = Submitter(folder, {**slurm.environment(), **SHELL})
+    regen_submit = Submitter(folder, {**slurm.environment(), **SHELL}, own_process=True)
     arguments = ("train", folder / "tiny.yaml", "name=asked", "--cluster", "loopback", "--nodes", 2)
     run = folder / "runs" / "asked"
     ended = regen_submit(*arguments, "--set", "memory_gb=0.5")

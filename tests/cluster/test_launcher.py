@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from uuid import uuid4
 
@@ -27,10 +28,11 @@ from tests.helpers.jobs import (
     losses,
     told,
     wait_for_end,
+    wait_for_ends,
     wait_until,
     whys,
 )
-from tests.helpers.ranks import run_regen
+from tests.helpers.ranks import run_regen_ranks, said
 from tests.helpers.slurm import submit, wait_for
 from tests.helpers.stores import use
 from tests.helpers.tiny import tiny_run
@@ -38,7 +40,7 @@ from tests.helpers.video import moving_square, write_video
 from tools.local_services.s3 import ObjectServer
 from tools.local_services.slurm import SlurmCluster
 
-STEPS, SAVE_EVERY = 40, 10
+STEPS, SAVE_EVERY = 30, 8
 ON_TWO_NODES = ("--cluster", "loopback", "--nodes", 2, "--set", "retry.failures=2")
 
 
@@ -78,8 +80,8 @@ def shop(object_store: ObjectServer, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def undisturbed(shop: Workshop) -> dict[int, float]:
     """The losses of two ranks on this machine."""
-    code = run_regen("train", shop.config, "--ranks", 2, "name=undisturbed", log=shop.folder / "undisturbed.log")
-    assert code == 0, (shop.folder / "undisturbed.log").read_text()
+    logs = shop.folder / "undisturbed"
+    assert run_regen_ranks("train", shop.config, "name=undisturbed", logs=logs) == [0, 0], said(logs)
     return losses(shop.run("undisturbed"))
 
 
@@ -93,9 +95,14 @@ def train(regen_submit: Submitter, shop: Workshop, name: str, *more: object) -> 
     return regen_submit.job(shop.run(name), "train", shop.config, f"name={name}", *ON_TWO_NODES, *more)
 
 
+def wait_for_signal(ranks: dict[int, int], number: signal.Signals, run: Path) -> None:
+    """Block until all ranks, which are held, have been sent a signal."""
+    wait_until(lambda: all(has_been_told(each, number) for each in ranks.values()), lambda: told(run))
+
+
 def set_time_limit(slurm: SlurmCluster, run: Path, number: str) -> None:
     """In one to two minutes from now: not before the run is where it shall be told, however slow the machine is."""
-    minutes = int(time.time() - attempts(run)[0].start.time) // 60 + 2
+    minutes = int(time.time() - attempts(run)[-1].start.time) // 60 + 2
     slurm.run("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}")
 
 
@@ -119,71 +126,41 @@ def test_two_nodes_train_from_the_store_as_two_ranks_here(
     again = str(train(regen_submit, shop, "two_nodes", "--force").id())
     for each in (number, again):
         assert wait_for(slurm, each) == "COMPLETED"
-    assert told(run).count("nothing is left to do: all 40 steps are done") == 2
+    assert told(run).count(f"nothing is left to do: all {STEPS} steps are done") == 2
     assert (run / "metrics.jsonl").read_bytes() == before
     assert len(attempts(run)) == 1
 
 
-@pytest.mark.parametrize("how", ["preempted", "time limit", "signal"])
 def test_a_job_that_must_go_saves_and_goes_on(
-    how: str, regen_submit: Submitter, shop: Workshop, slurm: SlurmCluster, undisturbed: dict[int, float]
+    regen_submit: Submitter, shop: Workshop, slurm: SlurmCluster, undisturbed: dict[int, float]
 ) -> None:
-    """A job of higher priority, the time limit, a signal of a person: told, saved at the step it was in, requeued,
-    resumed; the losses are those of a run that nothing happened to, bit for bit."""
-    name = how.replace(" ", "_")
-    if shop.run(name).exists():  # this test is run once more after it failed
-        name += "_again"
-    run = shop.run(name)
-    lead = ("--set", "signal_lead_s=110") if how == "time limit" else ()
-    job = train(regen_submit, shop, name, *lead, "checkpoint.every=1000")
+    """A signal of a person, then a job of higher priority, then the time limit: each time told, saved at the step it
+    was in, requeued, resumed; the losses are those of a run that nothing happened to, bit for bit."""
+    name = "moved_again" if shop.run("moved").exists() else "moved"  # this test is run once more after it failed
+    run, reasons = shop.run(name), ("signal", "preempted", "time limit")
+    job = train(regen_submit, shop, name, "--set", "signal_lead_s=110", "checkpoint.every=1000")
     number = job.id()
     assert number
-    other = None
-    with held(run, 2, 5) as ranks:
-        if how == "preempted":
-            other = submit(slurm, shop.folder, "true", "--partition=high", "--nodes=2", "--exclusive")
-        elif how == "signal":
-            slurm.run("scancel", "--signal=USR2", number)
-        else:
-            set_time_limit(slurm, run, number)
-        wait_until(lambda: all(has_been_told(each, signal.SIGUSR2) for each in ranks.values()), lambda: told(run))
-    if how == "time limit":  # long enough for the rest
-        wait_until(lambda: whys(run)[0], lambda: told(run))
-        slurm.run("scontrol", "update", f"JobId={number}", "TimeLimit=60")
-    if other:
-        assert wait_for(slurm, other) == "COMPLETED"
-    assert wait_for_end(run) == "done", told(run)
-    assert whys(run) == [how, "done"]
-    first, second = attempts(run)
-    assert first.start.step == 0
-    assert (second.start.step or 0) >= 5, "there was no save but the one when it was told"
+    for start, why in enumerate(reasons, 1):
+        reached = max(losses(run)) if start > 1 else 0
+        with held(run, 2, reached + 3, starts=start) as ranks:
+            if why == "signal":
+                slurm.run("scancel", "--signal=USR2", number)
+            elif why == "preempted":
+                other = submit(slurm, shop.folder, "true", "--partition=high", "--nodes=2", "--exclusive")
+            else:
+                set_time_limit(slurm, run, number)
+            wait_for_signal(ranks, signal.SIGUSR2, run)
+        wait_for_ends(run, start)
+    slurm.run("scontrol", "update", f"JobId={number}", "TimeLimit=60")  # long enough for the rest
+    assert wait_for(slurm, other) == "COMPLETED"
+    assert wait_for_end(run, starts=4) == "done", told(run)
+    assert whys(run) == [*reasons, "done"]
+    steps = [each.start.step or 0 for each in attempts(run)]
+    assert steps[0] == 0
+    assert all(after >= before + 3 for before, after in pairwise(steps)), "no save but those when it was told"
     assert losses(run) == undisturbed
     assert wait_for(slurm, number) == "COMPLETED"
-
-
-def test_a_cancelled_job_saves_and_does_not_come_back(
-    regen_submit: Submitter, shop: Workshop, slurm: SlurmCluster
-) -> None:
-    """`scancel` leaves the ranks half a minute, Slurm's default; they save, and the job is not requeued although
-    they could go on."""
-    run = shop.run("cancelled")
-    job = train(regen_submit, shop, "cancelled", "checkpoint.every=1000")
-    number = job.id()
-    assert number
-    config = Path(slurm.environment()["SLURM_CONF"])
-    before = config.read_text()
-    try:
-        config.write_text(before.replace("KillWait=3", "KillWait=30"))
-        slurm.run("scontrol", "reconfigure")
-        with held(run, 2, 5) as ranks:
-            slurm.run("scancel", number)
-            everyone = [*ranks.values()]
-            wait_until(lambda: all(has_been_told(each, signal.SIGTERM) for each in everyone), lambda: told(run))
-        assert wait_for(slurm, number) == "CANCELLED"
-    finally:
-        config.write_text(before)
-        slurm.run("scontrol", "reconfigure")
-    assert whys(run) == ["stopped"], told(run)
 
 
 def test_a_rank_that_is_killed_goes_on_from_the_last_checkpoint(
@@ -206,17 +183,29 @@ def test_a_rank_that_is_killed_goes_on_from_the_last_checkpoint(
 def test_a_stopped_run_goes_on_with_one_node(
     regen_submit: Submitter, shop: Workshop, slurm: SlurmCluster, undisturbed: dict[int, float]
 ) -> None:
-    """Two nodes, then one: the file STOP ends the first job for good, the same command with other nodes goes on."""
-    run = shop.run("fewer")
-    job = train(regen_submit, shop, "fewer")
-    with held(run, 2, 5):
-        (run / "STOP").touch()
-    assert wait_for_end(run) == "stopped", told(run)
-    assert job.id()
-    assert wait_for(slurm, str(job.id())) == "FAILED"  # with exit code 75: whatever depends on it shall not run
-    train(regen_submit, shop, "fewer", "--nodes", 1)
+    """`scancel` leaves the ranks half a minute, Slurm's default; they save, and the job is not requeued although they
+    could go on. The same command with another number of nodes does."""
+    run, never = shop.run("fewer"), "checkpoint.every=1000"
+    number = train(regen_submit, shop, "fewer", never).id()
+    assert number
+    config = Path(slurm.environment()["SLURM_CONF"])
+    before = config.read_text()
+    try:
+        config.write_text(before.replace("KillWait=3", "KillWait=30"))
+        slurm.run("scontrol", "reconfigure")
+        with held(run, 2, 5) as ranks:
+            slurm.run("scancel", number)
+            wait_for_signal(ranks, signal.SIGTERM, run)
+        assert wait_for(slurm, number) == "CANCELLED"
+    finally:
+        config.write_text(before)
+        slurm.run("scontrol", "reconfigure")
+    assert whys(run) == ["stopped"], told(run)
+    reached = max(losses(run))
+    train(regen_submit, shop, "fewer", never, "--nodes", 1)
     assert wait_for_end(run, starts=2) == "done", told(run)
-    assert [each.start.nodes for each in attempts(run)] == [("node1", "node2"), ("node1",)]
+    first, second = (each.start for each in attempts(run))
+    assert (first.nodes, second.nodes, second.step) == (("node1", "node2"), ("node1",), reached)
     found = losses(run)
     assert sorted(found) == sorted(undisturbed)
     assert max(abs(found[step] - undisturbed[step]) for step in found) < 1e-4

@@ -14,12 +14,13 @@ import pytest
 import yaml
 
 from regen_dist.config import to_yaml
-from tests.helpers.jobs import Submitter, attempts, held, losses, told, wait_for_end, wait_until, whys
+from tests.helpers.jobs import Submitter, attempts, held, losses, told, wait_for_end, wait_for_ends, wait_until, whys
 from tests.helpers.slurm import wait_for
 from tests.helpers.tiny import tiny_dataset, tiny_run
 from tests.helpers.video import moving_square, write_video
 from tools.local_services.slurm import SlurmCluster
 
+STEPS = 50
 # What a shell, sbatch and Slurm's own patterns would make something of.
 ODD = 'it\'s "odd" $(touch pwned) `x` & ; * #'
 
@@ -48,28 +49,28 @@ def config(folder: Path, output: Path, **changes: object) -> Path:
 
 
 def test_an_array_of_which_one_task_fails(regen_submit: Submitter, slurm: SlurmCluster, folder: Path) -> None:
-    """Four tasks make shards of a video each, as pre-encoding does; one video is not there yet. The others finish, that
-    one alone is started again, and succeeds once its video has come."""
+    """Three tasks make shards of a video each, as pre-encoding does; one video is not there yet. The others finish,
+    that one alone is started again, and succeeds once its video has come."""
     videos, base = folder / "videos", folder / "runs" / "array"
-    for number in range(4):
+    for number in range(3):
         write_video(videos / f"{number}.mp4", moving_square(48, 48, 64, seed=number))
-    (videos / "3.mp4").rename(folder / "late.mp4")
+    (videos / "2.mp4").rename(folder / "late.mp4")
     command = ["shards", "build", f"{videos}/{{task}}.mp4", "--out", f"{folder}/built/{{task}}-of-{{tasks}}"]
     options = ["--segment-seconds", "1", "--min-frames", "20", "--workers", "0"]
-    job = regen_submit.job(base, "run", "array", "--cluster", "loopback", "--array", 4, "--", *command, *options)
-    assert [str(task.folder) for task in job.tasks] == [f"{base}/tasks/{number:05d}" for number in range(4)]
-    late = job.tasks[3].folder  # the last task, whose job id is the array's own
+    job = regen_submit.job(base, "run", "array", "--cluster", "loopback", "--array", 3, "--", *command, *options)
+    assert [str(task.folder) for task in job.tasks] == [f"{base}/tasks/{number:05d}" for number in range(3)]
+    late = job.tasks[2].folder  # the last task, whose job id is the array's own
     wait_until(lambda: whys(late)[:1] == ["failed"], lambda: told(late))
-    shutil.copy(folder / "late.mp4", videos / "3.mp4")
+    shutil.copy(folder / "late.mp4", videos / "2.mp4")
     for task in job.tasks:
         assert wait_for_end(task.folder) == "done", told(task.folder)
-    assert [len(attempts(task.folder)) for task in job.tasks[:3]] == [1, 1, 1]
+    assert [len(attempts(task.folder)) for task in job.tasks[:2]] == [1, 1]
     assert len(attempts(late)) >= 2
     number = job.id()
     assert number
-    assert wait_for(slurm, f"{number}_3") == "COMPLETED"
-    for index in range(4):
-        assert (folder / "built" / f"{index}-of-4").is_dir()
+    assert wait_for(slurm, f"{number}_2") == "COMPLETED"
+    for index in range(3):
+        assert (folder / "built" / f"{index}-of-3").is_dir()
 
 
 def test_a_task_that_keeps_failing_is_given_up(regen_submit: Submitter, folder: Path, slurm: SlurmCluster) -> None:
@@ -93,23 +94,23 @@ def test_a_task_that_keeps_failing_is_given_up(regen_submit: Submitter, folder: 
 def test_a_node_that_fails_twice_is_left_out(regen_submit: Submitter, folder: Path, slurm: SlurmCluster) -> None:
     """The rank is killed twice on the node that Slurm prefers; the third start is elsewhere."""
     run = folder / "runs" / "twice"
-    path = config(folder, folder / "runs", name="twice", train__steps=200, checkpoint__every=5)
+    path = config(folder, folder / "runs", name="twice", train__steps=STEPS, checkpoint__every=5)
     regen_submit.job(run, "train", path, "--cluster", "loopback")
     for start in (1, 2):
         with held(run, 1, 2, starts=start) as ranks:
             os.kill(ranks[0], signal.SIGKILL)
-        wait_until(lambda start=start: len([why for why in whys(run) if why]) == start, lambda: told(run))  # type: ignore[misc]
+        wait_for_ends(run, start)
     assert wait_for_end(run, starts=3) == "done", told(run)
     nodes = [each.start.nodes[0] for each in attempts(run)]
     assert nodes == [nodes[0], nodes[0], {"node1": "node2", "node2": "node1"}[nodes[0]]]
     assert "excluded from now on" in told(run)
-    assert sorted(losses(run)) == list(range(1, 201))
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
 
 
 def test_a_node_that_loses_power(regen_submit: Submitter, folder: Path, slurm: SlurmCluster) -> None:
     """Nobody says a last word: Slurm finds out, and the next start notes which node it was."""
     run = folder / "runs" / "power"
-    path = config(folder, folder / "runs", name="power", train__steps=200, checkpoint__every=5)
+    path = config(folder, folder / "runs", name="power", train__steps=STEPS, checkpoint__every=5)
     regen_submit.job(run, "train", path, "--cluster", "loopback")
     with held(run, 1, 6, saved=True):
         lost = attempts(run)[0].start.nodes[0]

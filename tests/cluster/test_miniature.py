@@ -39,7 +39,7 @@ class Miniature:
 
     def __init__(self, folder: Path, store: ObjectServer) -> None:
         self.work, self.data = folder / "runs" / "mini", f"s3://{store.bucket}/miniature-{uuid4().hex[:8]}"
-        run = tiny_run(model=tiny_model(16).model_dump(mode="json"), engine__kind="zero3", checkpoint__every=3)
+        run = tiny_run(model=tiny_model(16).model_dump(mode="json"), checkpoint__every=3)
         (folder / "embedder.yaml").write_text(to_yaml(run))
         (folder / "t2v.yaml").write_text(yaml.safe_dump(_t2v()))
         variables = {
@@ -49,8 +49,8 @@ class Miniature:
         }  # fmt: skip
         ranks = {"embedder.cluster.tasks_per_node": 1, "t2v.cluster.tasks_per_node": 1, "t2v.cluster.nodes": 2}
         arrays = {
-            f"{step}.array": 1 for step in ("shards", "given", "continued", "unguided", "untrained")
-        }  # less to start; two are left
+            f"{step}.array": 1 for step in ("shards", "generate", "given", "continued", "unguided", "untrained")
+        }  # less to start; that of latents is left
         self.changes = [
             f"output={self.work.parent}",
             f"name={self.work.name}",

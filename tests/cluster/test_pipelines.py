@@ -22,7 +22,8 @@ from tests.helpers.video import moving_square, write_video
 from tools.local_services.s3 import ObjectServer
 from tools.local_services.slurm import SlurmCluster
 
-STEPS = ("shards", "embedder", "model", "evaluate")
+STEPS = 30  # of the training
+PIPELINE = ("shards", "embedder", "model", "evaluate")
 BUILD = ("--segment-seconds", 1, "--short-side", 48, "--min-frames", 20, "--workers", 0)
 
 
@@ -36,7 +37,7 @@ class Workshop:
             write_video(folder / "videos" / f"{seed}.mp4", moving_square(48, 48, 64, seed=seed))
             write_video(folder / "test" / f"{seed}.mp4", moving_square(12, 48, 64, seed=10 + seed))
         run = tiny_run(
-            folder / "runs", f"{self.url}/train", engine__kind="zero3", train__steps=30, checkpoint__every=10,
+            folder / "runs", f"{self.url}/train", train__steps=STEPS, checkpoint__every=10,
             checkpoint__url=f"{self.url}/runs",
         )  # fmt: skip
         (folder / "tiny.yaml").write_text(to_yaml(run))
@@ -54,7 +55,7 @@ class Workshop:
                     "command": [*build, "--task", "{task}/{tasks}"], "array": 2,
                     "outputs": [f"{self.url}/train/manifest.json"],
                 },
-                "embedder": {"train": str(self.folder / "tiny.yaml"), "cluster": {"nodes": 2}},
+                "embedder": {"train": str(self.folder / "tiny.yaml")},
                 "model": {
                     "command": ["checkpoint", "export", f"{self.folder}/runs/tiny", "--out", model, "--no-statistics"],
                     "outputs": [f"{model}/config.yaml"],
@@ -111,14 +112,14 @@ def ended(folder: Path) -> float:
 def test_a_pipeline_from_videos_to_measured_reconstructions(
     regen_submit: Submitter, shop: Workshop, slurm: SlurmCluster
 ) -> None:
-    """Shards by an array, training on two nodes that a job of higher priority takes away on its way, an export, an
-    array that measures. While it runs a second submission submits nothing; what follows waits for the training's real
+    """Shards by an array, training on a node that a job of higher priority takes away on its way, an export, an array
+    that measures. While it runs a second submission submits nothing; what follows waits for the training's real
     end, not for the moment of its requeue; after it everything is skipped."""
     lines = run_pipeline(regen_submit, shop.file)
-    assert [line.partition(":")[0] for line in lines] == list(STEPS)
+    assert [line.partition(":")[0] for line in lines] == list(PIPELINE)
     assert "after shards" in lines[1]
     run = shop.folder_of("embedder")
-    with held(run, 2, 3) as ranks:
+    with held(run, 1, 3) as ranks:
         again = run_pipeline(regen_submit, shop.file)
         assert again[0] == "shards: skipped, its output is complete"
         assert all("not submitted again" in line for line in again[1:]), again
@@ -134,10 +135,10 @@ def test_a_pipeline_from_videos_to_measured_reconstructions(
         measured = json.loads((shop.folder / "runs" / "test" / str(number) / "metrics.json").read_text())
         assert measured["video"]["frames"] == 12
         assert measured["psnr_db"] > 0
-        assert measured["model"]["step"] == 30
+        assert measured["model"]["step"] == STEPS
     assert [wait_for(slurm, f"{evaluate.id()}_{number}") for number in range(2)] == ["COMPLETED"] * 2
     done = run_pipeline(regen_submit, shop.file)
-    complete = dict.fromkeys(STEPS, "its output is complete") | {"embedder": "all 30 steps are done"}
+    complete = dict.fromkeys(PIPELINE, "its output is complete") | {"embedder": f"all {STEPS} steps are done"}
     assert done == [*(f"{step}: skipped, {why}" for step, why in complete.items()), "nothing is left to do"]
     assert len(attempts(run)) == 2
 
@@ -161,7 +162,7 @@ def test_what_changed_runs_again_with_what_comes_after(
     other = shop.folder / "changed.yaml"
     other.write_text(yaml.safe_dump(changed, sort_keys=False))
     shown = regen_submit("pipeline", other, "--cluster", "loopback", "--dry-run")
-    table = {line.split()[0]: line for line in shown.stdout.splitlines()[: len(STEPS) + 1]}
+    table = {line.split()[0]: line for line in shown.stdout.splitlines()[: len(PIPELINE) + 1]}
     assert "its command or its inputs have changed" in table["model"]
     assert "model runs before it" in table["evaluate"]
     assert " complete " in table["shards"]
@@ -226,9 +227,9 @@ def test_nothing_is_submitted_when_a_step_has_a_problem(regen_submit: Submitter,
     far, fit = ({"train": str(shop.folder / "tiny.yaml"), "cluster": {"nodes": 2}} for _ in range(2))
     steps = {
         "good": {"command": ["config", "show", str(shop.folder / "tiny.yaml")], "outputs": ["later/manifest.json"]},
-        "fit": {**fit, "overrides": ["name=fit", "data.url=later"]},
-        "far": {**far, "overrides": ["name=far", "train.batch_global=3"]},
-        "lost": {**far, "overrides": ["name=lost", "data.url=nowhere"]},
+        "fit": {**fit, "overrides": ["name=fit", "data.url=later", "engine.kind=zero3"]},
+        "far": {**far, "overrides": ["name=far", "train.batch_global=3", "engine.kind=zero3"]},
+        "lost": {**far, "overrides": ["name=lost", "data.url=nowhere", "engine.kind=zero3"]},
     }
     file = shop.folder / "refused.yaml"
     write_pipeline(file, shop, "refused", steps)

@@ -14,7 +14,7 @@ from regen_dist.config import config_hash, load_saved_config, to_yaml
 from regen_dist.inference.frames import SourceVideo
 from regen_dist.observe.record import read_record
 from tests.helpers.checkpoints import newest
-from tests.helpers.ranks import run_regen, start_regen, wait_for_step
+from tests.helpers.ranks import run_regen, run_regen_alone, run_regen_ranks, said, start_regen, wait_for_step
 from tests.helpers.tiny import tiny_run
 from tests.helpers.video import moving_square, write_video
 
@@ -54,9 +54,9 @@ def config(folder: Path, shards: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(config: Path, folder: Path) -> Path:
-    """`regen train --ranks 2`, stopped by a file STOP, and resumed by the same command."""
-    run, command = folder / "runs" / "tiny", ("train", config, "--ranks", 2)
-    process = start_regen(*command, log=folder / "train.log")
+    """`regen train --ranks 2`, stopped by a file STOP, and resumed by the same command in two ranks."""
+    run = folder / "runs" / "tiny"
+    process = start_regen("train", config, "--ranks", 2, log=folder / "train.log")
     try:
         wait_for_step(run, 2, process)
         (run / "STOP").touch()
@@ -66,8 +66,9 @@ def run(config: Path, folder: Path) -> Path:
     saved = newest(run)
     assert saved.step < STEPS
     assert f"stopped by the file STOP after step {saved.step}" in (folder / "train.log").read_text()
-    assert run_regen(*command, log=folder / "resume.log") == 0, (folder / "resume.log").read_text()
-    assert f"resumed at step {saved.step} on 2 rank(s)" in (folder / "resume.log").read_text()
+    logs = folder / "resumed"
+    assert run_regen_ranks("train", config, logs=logs) == [0, 0], said(logs)
+    assert f"resumed at step {saved.step} on 2 rank(s)" in said(logs)[0]
     return run
 
 
@@ -108,7 +109,7 @@ def test_a_run_folder_holds_all_that_was_promised(run: Path, config: Path) -> No
 def test_training_again_when_done_changes_nothing(run: Path, config: Path, folder: Path) -> None:
     """The same command on a finished run ends at once with 0 and adds no step."""
     before = read_record(run / "metrics.jsonl", "train")
-    assert run_regen("train", config, "--ranks", 2, log=folder / "done.log") == 0
+    assert run_regen_ranks("train", config, logs=folder / "done") == [0, 0]
     assert read_record(run / "metrics.jsonl", "train") == before
 
 
@@ -116,9 +117,9 @@ def test_one_process_needs_no_ranks(config: Path, folder: Path, monkeypatch: pyt
     """ZeRO-3 without `--ranks` and without any rank variable: a job of one, its data read in the process itself."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    log = folder / "alone.log"
-    assert run_regen("train", config, "name=alone", "train.steps=2", "data.workers=0", log=log) == 0, log.read_text()
-    assert "starting at step 0 on 1 rank(s)" in log.read_text()
+    logs = folder / "alone"
+    assert run_regen_alone("train", config, "name=alone", "train.steps=2", "data.workers=0", logs=logs) == 0, said(logs)
+    assert "starting at step 0 on 1 rank(s)" in said(logs)[0]
     assert len(read_record(folder / "runs" / "alone" / "metrics.jsonl", "train")) == 2
 
 
@@ -169,9 +170,9 @@ def test_a_wrong_config_is_one_clear_message(config: Path, folder: Path) -> None
 def test_what_cannot_run_here_is_told(config: Path, folder: Path, override: str, code: int, message: str) -> None:
     """A dataset that is not there, an optimizer and a kernel that need a GPU: the documented exit code and one message
     with what to do."""
-    log = folder / "refused.log"
-    assert run_regen("train", config, f"name=refused_{code}", "engine.kind=plain", override, log=log) == code
-    text = log.read_text()
+    logs = folder / "refused"
+    assert run_regen_alone("train", config, f"name=refused_{code}", "engine.kind=plain", override, logs=logs) == code
+    text = said(logs)[0]
     assert text.count("error:") == 1
     assert message in text
     assert "Traceback" not in text

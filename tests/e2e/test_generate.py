@@ -12,17 +12,17 @@ from regen_dist.config import to_yaml
 from regen_dist.inference.frames import SourceVideo
 from tests.helpers.checkpoints import saved_run
 from tests.helpers.preencoding import Video, write_videos
-from tests.helpers.ranks import run_regen
+from tests.helpers.ranks import run_regen_alone, run_regen_ranks, said
 from tests.helpers.tiny import tiny_t2v
 
 STEPS, TEXT_WIDTH = 4, 16
 CAPTIONS = ("a small red circle moves left", "a large green square moves up", "a blue star stands still")
 
 
-def _regen(*arguments: object, log: Path, code: int = 0) -> str:
-    found = run_regen(*arguments, log=log, timeout_s=240)
-    assert found == code, log.read_text()
-    return log.read_text()
+def _regen(*arguments: object, logs: Path, code: int = 0) -> str:
+    """The command line in a process that begins with everything imported; returns what it printed."""
+    assert run_regen_alone(*arguments, logs=logs) == code, said(logs)
+    return said(logs)[0]
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +32,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     embedder = saved_run(folder / "runs")
     videos = [Video(5 + 5 * (number % 2), caption=CAPTIONS[number % 3]) for number in range(6)]
     data = write_videos(folder, videos)
-    _regen("text", "make", data, "--out", folder / "t5", "--width", TEXT_WIDTH, log=folder / "text.log")
+    _regen("text", "make", data, "--out", folder / "t5", "--width", TEXT_WIDTH, logs=folder / "text-log")
     config = {
         "embedder": str(embedder.folder), "data": str(data), "output": str(folder / "cache"), "buckets": [[32, 32]],
         "text": {"encoder": str(folder / "t5"), "max_tokens": 16},
     }  # fmt: skip
     (folder / "preencode.yaml").write_text(yaml.safe_dump(config))
-    _regen("preencode", folder / "preencode.yaml", log=folder / "preencode.log")
+    _regen("preencode", folder / "preencode.yaml", logs=folder / "preencode-log")
     return folder
 
 
@@ -50,7 +50,8 @@ def run(folder: Path) -> Path:
         model__text_width=TEXT_WIDTH, generation__embedder=str(folder / "runs" / "tiny"), generation__prompts=1,
     )  # fmt: skip
     (folder / "t2v.yaml").write_text(to_yaml(made))
-    _regen("train", folder / "t2v.yaml", "--ranks", 2, log=folder / "train.log")
+    logs = folder / "train-log"
+    assert run_regen_ranks("train", folder / "t2v.yaml", logs=logs) == [0, 0], said(logs)
     return folder / "runs" / "tiny_t2v"
 
 
@@ -61,12 +62,12 @@ def test_a_run_and_its_export_generate_the_same(run: Path, folder: Path) -> None
     prompts.write_text("a small red square moves left\na green star\n")
     fixed = ("--embedder", folder / "runs" / "tiny", "--steps", 2, "--batch", 1, "--prompts", prompts)
     for task in ("0/2", "1/2"):
-        log = folder / f"task{task[0]}.log"
-        _regen("generate", "--run", run, *fixed, "--out", folder / "one", "--task", task, log=log)
-    _regen("checkpoint", "export", run, "--out", folder / "model", log=folder / "export.log")
-    log = folder / "generate.log"
-    said = _regen("generate", "--run", folder / "model", *fixed, "--out", folder / "two", log=log)
-    assert "2 generated" in said
+        logs = folder / f"task{task[0]}-log"
+        _regen("generate", "--run", run, *fixed, "--out", folder / "one", "--task", task, logs=logs)
+    _regen("checkpoint", "export", run, "--out", folder / "model", logs=folder / "export-log")
+    logs = folder / "generate-log"
+    told = _regen("generate", "--run", folder / "model", *fixed, "--out", folder / "two", logs=logs)
+    assert "2 generated" in told
     for number in range(2):
         one, two = (folder / name / f"0000{number}.mp4" for name in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
@@ -87,14 +88,14 @@ def test_training_looked_at_what_it_generates(run: Path) -> None:
 def test_what_does_not_belong_together(run: Path, folder: Path) -> None:
     """A text-to-video run does not reconstruct; a text encoder that is not the caches' is refused; each in one line,
     with the exit code of its kind."""
-    log = folder / "refused.log"
-    said = _regen("reconstruct", folder / "made" / "0.mp4", "--run", run, "--out", folder / "no", log=log, code=2)
-    assert "task 't2v'; this needs one of an embedder" in said
-    assert "Traceback" not in said
+    logs = folder / "refused-log"
+    told = _regen("reconstruct", folder / "made" / "0.mp4", "--run", run, "--out", folder / "no", logs=logs, code=2)
+    assert "task 't2v'; this needs one of an embedder" in told
+    assert "Traceback" not in told
     from regen_dist.models.text import make_small_encoder
 
     make_small_encoder(["other words"], folder / "other", width=TEXT_WIDTH)
     arguments = ("generate", "a", "--run", run, "--embedder", folder / "runs" / "tiny", "--text", folder / "other")
-    said = _regen(*arguments, "--out", folder / "no", log=log, code=4)
-    assert "the text encoder is not the one that the caches were made with" in said
-    assert "Traceback" not in said
+    told = _regen(*arguments, "--out", folder / "no", logs=logs, code=4)
+    assert "the text encoder is not the one that the caches were made with" in told
+    assert "Traceback" not in told

@@ -26,6 +26,7 @@ from tests.helpers.jobs import (
     wait_until,
     whys,
 )
+from tests.helpers.ranks import run_regen_ranks, said
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
 STEPS = 30
@@ -42,12 +43,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def submitter(folder: Path) -> Submitter:
+    return Submitter(folder, {}, own_process=True)
+
+
 def test_a_rank_that_is_killed_is_started_again(folder: Path) -> None:
     """The losses are those of a run that nothing happened to."""
-    submit, first, second = Submitter(folder, {}), folder / "runs" / "first", folder / "runs" / "second"
-    submit.job(first, "train", "tiny.yaml", "name=first", *TWO_RANKS, "--wait")
-    assert whys(first) == ["done"]
-    submit.job(second, "train", "tiny.yaml", "name=second", *TWO_RANKS)
+    first, second, logs = folder / "runs" / "first", folder / "runs" / "second", folder / "first"
+    assert run_regen_ranks("train", folder / "tiny.yaml", "name=first", logs=logs) == [0, 0], said(logs)
+    submitter(folder).job(second, "train", "tiny.yaml", "name=second", *TWO_RANKS)
     with held(second, 2, 12) as ranks:
         os.kill(ranks[1], signal.SIGKILL)
     assert wait_for_end(second) == "done", told(second)
@@ -59,27 +63,27 @@ def test_a_rank_that_is_killed_is_started_again(folder: Path) -> None:
 def test_a_time_limit_begins_anew_with_every_start(folder: Path) -> None:
     """Two minutes, told 25 seconds after the start: saved, started again by Submitit, done."""
     run = folder / "runs" / "limited"
-    limit = ("--time", 2, "--set", "signal_lead_s=95", "train.steps=12")
-    job = Submitter(folder, {}).job(run, "train", "tiny.yaml", "name=limited", *TWO_RANKS, *limit)
-    with held(run, 2, 3) as ranks:
+    limit = ("--time", 2, "--set", "signal_lead_s=95", "engine.kind=plain")
+    job = submitter(folder).job(run, "train", "tiny.yaml", "name=limited", *limit)
+    with held(run, 1, 3) as ranks:
         wait_until(lambda: all(has_been_told(each, signal.SIGUSR2) for each in ranks.values()), lambda: told(run))
     assert wait_for_end(run, starts=2) == "done", told(run)
     assert whys(run)[0] == "time limit"
     assert set(whys(run)[1:-1]) <= {"time limit"}, "on a slow machine another time"
     wait_until(lambda: not is_alive(job), lambda: told(run))
-    assert sorted(losses(run)) == list(range(1, 13))
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
 
 
 def test_a_pipeline_on_this_machine(folder: Path) -> None:
     """Step by step, to the first that fails; again, from there."""
     steps = {
-        "embedder": {"train": "tiny.yaml", "overrides": ["name=piped"], "cluster": {"tasks_per_node": 2}},
+        "embedder": {"train": "tiny.yaml", "overrides": ["name=piped", "engine.kind=plain", "train.steps=4"]},
         "model": {"command": ["checkpoint", "export", "runs/piped", "--out", "runs/model", "--no-statistics"],
                   "outputs": ["runs/model/config.yaml"]},
         "look": {"command": ["config", "show", "missing.yaml"]},
     }  # fmt: skip
     (folder / "p.yaml").write_text(yaml.safe_dump({"name": "p", "steps": steps}, sort_keys=False))
-    submit = Submitter(folder, {})
+    submit = submitter(folder)
     failed = submit("pipeline", "p.yaml")
     assert failed.returncode == 2, failed.stdout + failed.stderr
     assert "look ended with exit code 2" in failed.stdout
@@ -142,7 +146,7 @@ def test_told_to_end_it_saves_and_goes_on_later(
     """And while it works, another command does not."""
     run, first = pipeline_folder / "runs" / "tiny", start()
     with held(run, 1, 2):
-        other = Submitter(pipeline_folder, {})("pipeline", "p.yaml")
+        other = submitter(pipeline_folder)("pipeline", "p.yaml")
         assert other.returncode == 2
         assert f"is in use by process {first.pid} on {os.uname().nodename}; it submits the same" in other.stderr
         first.send_signal(signal.SIGTERM)
@@ -150,7 +154,7 @@ def test_told_to_end_it_saves_and_goes_on_later(
     assert first.returncode == 75, said
     assert said.splitlines()[-1] == "stopped; the same command continues"
     assert whys(run) == ["stopped"]
-    again = Submitter(pipeline_folder, {})("pipeline", "p.yaml")
+    again = submitter(pipeline_folder)("pipeline", "p.yaml")
     assert again.returncode == 0, again.stdout + again.stderr
     assert whys(run) == ["stopped", "done"]
     assert list(losses(run)) == list(range(1, PIPELINE_STEPS + 1))

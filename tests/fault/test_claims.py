@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ import pytest
 from regen_dist.config import to_yaml
 from regen_dist.observe.record import read_record
 from tests.helpers.checkpoints import folder_of
+from tests.helpers.commands import regen_here
 from tests.helpers.machine import wait_until_gone
-from tests.helpers.ranks import run_regen, start_regen, wait_for_step
+from tests.helpers.ranks import run_ranks, run_regen_alone, said, start_regen, wait_for_step
 from tests.helpers.tiny import tiny_dataset, tiny_run
 
 STEPS = 4000  # more than are made while four other starts are refused
@@ -55,14 +57,14 @@ def _rank_of(run: Path) -> int:
 def test_a_second_start_is_refused_and_disturbs_nothing(config: Path, tmp_path: Path) -> None:
     """Refused by the launcher, and by a rank that another launcher starts; the one that trains ends as if nothing had
     been, and then the same command continues."""
-    run = tmp_path / "runs" / "tiny"
+    run, logs = tmp_path / "runs" / "tiny", tmp_path / "second"
+    run_ranks(time.time, 1)  # what the second start is forked from is there before the first trains
     first = start_regen("train", config, log=tmp_path / "first.log")
     try:
         wait_for_step(run, 5, first)
         stop = run / "STOP"
-        log = tmp_path / "second.log"
-        assert run_regen("train", config, log=log) == 8
-        told = log.read_text()
+        assert run_regen_alone("train", config, logs=logs) == 8
+        told = said(logs)[0]
         assert f"rank 0 on {os.uname().nodename} (process {_rank_of(run)}) since 20" in told
         assert "Traceback" not in told
         environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -71,8 +73,9 @@ def test_a_second_start_is_refused_and_disturbs_nothing(config: Path, tmp_path: 
             timeout=120, check=False,
         )  # fmt: skip
         assert alone.returncode == 8, alone.stderr.decode()
-        assert run_regen("submit", "train", config, log=log) != 0
-        assert "already being trained by rank 0" in log.read_text()
+        refused = regen_here("submit", "train", config, cwd=tmp_path, env=os.environ)
+        assert refused.returncode != 0
+        assert "already being trained by rank 0" in refused.stderr
         stop.touch()
         assert _ended(first) == 75
     finally:
@@ -102,7 +105,8 @@ def test_a_killed_run_is_in_nobodys_way(config: Path, tmp_path: Path) -> None:
     first.wait()
     wait_until_gone([rank])
     assert len(list((run / "claims").glob("*.json"))) == 1
-    assert run_regen("train", config, "train.steps=40", log=tmp_path / "second.log") == 0
-    assert "resumed at step 20" in (tmp_path / "second.log").read_text()
-    assert "waiting" not in (tmp_path / "second.log").read_text()
+    logs = tmp_path / "second"
+    assert run_regen_alone("train", config, "train.steps=40", logs=logs) == 0
+    assert "resumed at step 20" in said(logs)[0]
+    assert "waiting" not in said(logs)[0]
     assert list((run / "claims").glob("*.json")) == []

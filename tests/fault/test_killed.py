@@ -12,7 +12,7 @@ import pytest
 from tests.fault.conftest import SAVE_EVERY, STEPS, losses
 from tests.helpers.checkpoints import folder_of, newest
 from tests.helpers.machine import wait_until_gone
-from tests.helpers.ranks import run_regen, run_regen_ranks, said, start_regen, wait_for_step
+from tests.helpers.ranks import run_regen_ranks, said, start_regen, wait_for_step
 
 
 def _children(process_id: int) -> list[int]:
@@ -22,8 +22,8 @@ def _children(process_id: int) -> list[int]:
 def test_a_killed_run_comes_back_by_the_same_command(config: Path, undisturbed: list[float]) -> None:
     """SIGKILL in the middle, with nothing saved since the last checkpoint: the ranks go with their launcher, the same
     command goes on from the last committed checkpoint, and the losses are those of the undisturbed run, bit for bit."""
-    run, command = config.parent / "runs" / "killed", ("train", config, "--ranks", 2, "name=killed")
-    process = start_regen(*command, log=config.with_name("killed.log"))
+    run, logs = config.parent / "runs" / "killed", config.with_name("killed_again")
+    process = start_regen("train", config, "--ranks", 2, "name=killed", log=config.with_name("killed.log"))
     try:
         wait_for_step(run, SAVE_EVERY + 2, process)
         ranks = _children(process.pid)
@@ -34,8 +34,8 @@ def test_a_killed_run_comes_back_by_the_same_command(config: Path, undisturbed: 
     wait_until_gone(ranks)
     saved = newest(run)
     assert SAVE_EVERY <= saved.step < STEPS
-    assert run_regen(*command, log=config.with_name("killed_again.log")) == 0
-    assert f"resumed at step {saved.step} on 2 rank(s)" in config.with_name("killed_again.log").read_text()
+    assert run_regen_ranks("train", config, "name=killed", logs=logs) == [0, 0]
+    assert f"resumed at step {saved.step} on 2 rank(s)" in said(logs)[0]
     assert losses(run) == undisturbed
 
 

@@ -6,14 +6,17 @@ import io
 import os
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 _run, _PYTHON = subprocess.run, sys.executable
+_one_check_at_a_time = threading.Lock()  # a command in this process changes its output and its environment
 
 
 def run_here(
@@ -40,6 +43,20 @@ def run_here(
             _set_environment(before)
     printed = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
     return subprocess.CompletedProcess(command, code, *printed)
+
+
+def regen_here(*arguments: object, cwd: Path, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """`regen ARGUMENTS` by `run_here`, and in the same way the `regen check` and `regen describe` that a submission
+    starts: `describe` imports torch, which takes longer than all else."""
+
+    def run(command: Sequence[str], **more: Any) -> subprocess.CompletedProcess[str]:
+        if command[0] != _PYTHON:
+            return _run(command, **more)
+        with _one_check_at_a_time:  # the steps of a pipeline are checked by several threads
+            return run_here(command, **more)
+
+    with mock.patch.object(subprocess, "run", run):
+        return run_here([_PYTHON, "-m", "tools.cli", *map(str, arguments)], cwd=cwd, env=env)
 
 
 def _set_environment(variables: Mapping[str, str]) -> None:

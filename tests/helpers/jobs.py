@@ -21,6 +21,7 @@ from launcher.job import ID_FILE, JobTask, Submission, TaskProgress, newest_job,
 from regen_dist.config.files import write_text_atomically
 from regen_dist.observe.heartbeat import Beat, beat_path, parse_beat, read_text, write_beat
 from regen_dist.observe.record import read_record
+from tests.helpers.commands import regen_here
 
 SUBMITTED = 1_000_000.0
 SLURM = ClusterConfig(time_min=60, nodes=2, gpus_per_node=4)
@@ -113,17 +114,22 @@ def beaten(run: Path, rank: int = 0, *, at: float, left: str = "", why: str = ""
 
 @dataclass
 class Submitter:
-    """Submits as a user does: by the command line, from a folder, with an environment."""
+    """Submits as a user does: by the command line, from a folder, with an environment; in this process, or in one of
+    its own, of which the jobs are children that are started on this machine."""
 
     folder: Path
     environment: Mapping[str, str]
+    own_process: bool = False
 
     def __call__(self, *arguments: object, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
-        """`regen submit ARGUMENTS` to its end."""
+        """`regen submit ARGUMENTS` to its end; `timeout_s` is for a process of its own."""
+        environment = {**os.environ, **self.environment}
+        if not self.own_process:
+            return regen_here("submit", *arguments, cwd=self.folder, env=environment)
         command = [sys.executable, "-m", "tools.cli", "submit", *map(str, arguments)]
         return subprocess.run(
-            command, cwd=self.folder, env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=timeout_s, check=False,
+            command, cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=timeout_s, check=False,
         )  # fmt: skip
 
     def job(self, base: Path, *arguments: object) -> Submission:
@@ -162,6 +168,11 @@ def wait_for_end(folder: Path, *, starts: int = 1, timeout_s: float = 180.0) -> 
 
     wait_until(ended, lambda: told(folder), timeout_s)
     return whys(folder)[-1]
+
+
+def wait_for_ends(folder: Path, count: int) -> None:
+    """Block until so many starts of a task have ended."""
+    wait_until(lambda: len([each for each in whys(folder) if each]) >= count, lambda: told(folder))
 
 
 def told(folder: Path) -> str:

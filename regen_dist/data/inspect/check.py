@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal
 from regen_dist.data.build.foreign import index_name
 from regen_dist.data.build.tarscan import Pieces, printable
 from regen_dist.data.format.index import Sample, checksum, read_index, samples_of
-from regen_dist.data.format.latents import CacheFacts, read_null_text, unpack_latents
 from regen_dist.data.format.manifest import MANIFEST, PLAN, DatasetManifest, ShardEntry, read_manifest
 from regen_dist.data.pool import worker_pool
 from regen_dist.data.storage.store import Store
@@ -23,6 +22,7 @@ from regen_dist.data.video.reader import VideoReader
 from regen_dist.errors import DataError
 
 if TYPE_CHECKING:
+    from regen_dist.data.format.latents import CacheFacts
     from regen_dist.data.pool import Progress
 
 Depth = Literal["quick", "bytes", "deep"]
@@ -63,7 +63,11 @@ def verify_dataset(
     """
     store = Store(url)
     manifest = read_manifest(store)
-    facts = CacheFacts.of(manifest, store.url) if manifest.kind == "latents" else None
+    facts = None
+    if manifest.kind == "latents":
+        from regen_dist.data.format import latents  # torch, which videos do not need
+
+        facts = latents.CacheFacts.of(manifest, store.url)
     shards = Store(manifest.shards_url) if manifest.shards_url else store
     found = store.list()
     tars = shards.list() if manifest.shards_url else found
@@ -178,6 +182,8 @@ def _decode(sample: Sample, data: bytes) -> str:
 
 def _unpack(facts: CacheFacts, sample: Sample, data: bytes) -> str:
     """Compare the tensors with the index and the manifest, and search for non-finite values."""
+    from regen_dist.data.format.latents import unpack_latents
+
     try:
         entry = unpack_latents(data)
         facts.check(entry, sample.frames, sample.height, sample.width)
@@ -189,6 +195,8 @@ def _unpack(facts: CacheFacts, sample: Sample, data: bytes) -> str:
 
 
 def _check_null_text(store: Store, facts: CacheFacts, found: dict[str, int], depth: Depth) -> list[str]:
+    from regen_dist.data.format.latents import read_null_text
+
     if facts.null_text is not None and facts.null_text not in found:
         return [f"{facts.null_text}: missing"]
     try:
