@@ -74,6 +74,14 @@ def test_a_time_limit_begins_anew_with_every_start(folder: Path) -> None:
     assert sorted(losses(run)) == list(range(1, STEPS + 1))
 
 
+def test_waiting_for_a_command_brings_its_end_and_its_exit_code(folder: Path) -> None:
+    submit = submitter(folder)
+    for name, code in (("tiny.yaml", 0), ("none.yaml", 2)):
+        waited = submit("run", f"show_{code}", "--wait", "--", "config", "show", name)
+        assert waited.returncode == code, waited.stdout + waited.stderr
+        assert whys(folder / "runs" / f"show_{code}") == ["failed" if code else "done"]
+
+
 def test_a_pipeline_on_this_machine(folder: Path) -> None:
     """Step by step, to the first that fails; again, from there."""
     steps = {
