@@ -14,7 +14,7 @@ import gradio as gr
 from regen_dist.errors import ConfigError, RegenError
 from regen_dist.evaluation.reconstruction_table import RECONSTRUCTION_MEASURES
 from regen_dist.tables import Table
-from tools.app.runner import Job, JobRunner, checked
+from tools.app.runner import Job, JobRunner, checked, shown_name
 from tools.app.uploads import (
     Limits,
     ListedModel,
@@ -26,7 +26,6 @@ from tools.app.uploads import (
     find_models,
     report_pages,
     run_folders,
-    shown_name,
     uploaded_file,
     view_run,
 )

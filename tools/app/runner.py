@@ -30,8 +30,9 @@ from regen_dist.shared_files import lock_alone
 State = Literal["running", "done", "failed", "cancelled"]
 Kind = Literal["reconstruct", "generate"]
 UPLOADS, WORK, RESULTS = "uploads", "work", "results"
-REQUEST, OUTPUT = "request.json", "output"
+REQUEST, OUTPUT, GIVEN = "request.json", "output", "given"
 MARKER = ".regen-app"  # file of a folder that belongs to an app
+_LONGEST_NAME = 80
 
 WORKER = "tools.app.runner"
 
@@ -194,10 +195,18 @@ def _read_reports(job: Job, lines: IO[str]) -> list[str]:
     return [each for each in log if each]
 
 
+def shown_name(name: str) -> str:
+    """Reduce a file name of the browser to a plain one: the last part, of harmless characters."""
+    last = re.split(r"[/\\]", name)[-1]
+    plain = re.sub(r"[^\w .+()-]", "_", last).lstrip(". ")
+    return plain[:_LONGEST_NAME] or "upload"
+
+
 def _take(source: Path, work: Path) -> str:
-    """Link or copy an upload into the job's folder. Only a plain ending is kept of its name."""
+    """Link or copy an upload into the job's folder, by its name as it is shown, with a plain ending."""
     ending = source.suffix.lower()
-    target = work / f"source{ending if re.fullmatch(r'[.][a-z0-9]{1,5}', ending) else ''}"
+    target = work / GIVEN / (shown_name(source.stem) + (ending if re.fullmatch(r"[.][a-z0-9]{1,5}", ending) else ""))
+    target.parent.mkdir()
     try:
         os.link(source, target)
     except OSError:  # another file system

@@ -20,7 +20,7 @@ from regen_dist.config import AnyRunConfig, load_saved_config
 from regen_dist.config.exported import AnyExportConfig, T2VExportConfig, load_any_export_config
 from regen_dist.config.t2v import T2VConfig
 from regen_dist.errors import ConfigError, DataError, RegenError
-from tools.app.runner import MARKER
+from tools.app.runner import MARKER, shown_name
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 # they name, which may be any file of this machine.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,ogg,flv,gif"
 PICTURES = ("PNG", "JPEG", "WEBP")
-_LONGEST_NAME = 80
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,6 @@ class VideoFacts:
     seconds: float
     height: int
     width: int
-
-
-def shown_name(name: str) -> str:
-    """Reduce a file name of the browser to a plain one, for display: the last part, of harmless characters."""
-    last = re.split(r"[/\\]", name)[-1]
-    plain = re.sub(r"[^\w .+()-]", "_", last).lstrip(". ")
-    return plain[:_LONGEST_NAME] or "upload"
 
 
 def uploaded_file(path: str | os.PathLike[str] | None, folder: Path, limits: Limits) -> Path:

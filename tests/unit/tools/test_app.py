@@ -19,7 +19,7 @@ from tests.helpers.checkpoints import saved_run
 from tests.helpers.machine import wait_until_gone
 from tests.helpers.t2v import saved_t2v
 from tests.helpers.video import moving_square, write_video
-from tools.app.runner import JobRunner, JobRunning, checked
+from tools.app.runner import JobRunner, JobRunning, checked, shown_name
 from tools.app.uploads import (
     Limits,
     check_picture,
@@ -29,7 +29,6 @@ from tools.app.uploads import (
     find_models,
     report_pages,
     run_folders,
-    shown_name,
     uploaded_file,
     view_run,
 )
@@ -158,7 +157,7 @@ def test_names_are_shown_plain() -> None:
     assert len(shown_name("x" * 500)) == 80
 
 
-def test_a_job_is_kept_whole_and_its_source_has_a_name_of_ours(tmp_path: Path) -> None:
+def test_a_job_is_kept_whole_and_its_source_has_a_plain_name(tmp_path: Path) -> None:
     script = "request = json.loads((work / 'request.json').read_text())\nsay(what='frames', done=1, total=4)\n"
     script += "(output / 'name.txt').write_text(Path(request['source']).name + request['model'])"
     runner = _runner(tmp_path, script)
@@ -166,7 +165,7 @@ def test_a_job_is_kept_whole_and_its_source_has_a_name_of_ours(tmp_path: Path) -
     job = runner.start("reconstruct", {"model": " m"}, source)
     assert job.ended.wait(60)
     assert (job.state, job.what, job.share) == ("done", "frames", 0.25)
-    assert (job.folder / "name.txt").read_text() == "source.mp4 m"
+    assert (job.folder / "name.txt").read_text() == "_odd name.mp4 m"
     assert list((tmp_path / "app" / "work").iterdir()) == []
     runner.close()
     assert _runner(tmp_path, script).start("generate", {"model": ""}, None).number == 2  # counted on over restarts
