@@ -26,7 +26,7 @@ from regen_dist.inference.codec import Codec
 from regen_dist.jsontext import json_text
 from tests.helpers.checkpoints import model_state, save_checkpoint, saved_run
 from tests.helpers.jobs import wait_until
-from tests.helpers.ranks import run_regen, start_regen, wait_for_step
+from tests.helpers.ranks import run_ranks, run_regen_alone, said, start_regen, wait_for_step
 from tests.helpers.tiny import tiny_dataset, tiny_run
 from tools.checkpoint import app
 
@@ -49,15 +49,16 @@ def test_the_same_checkpoints_from_two_run_folders(bucket_url: str, tmp_path: Pa
     on, at once."""
     data = tiny_dataset(tmp_path / "data")
     one, other = (_config(tmp_path, output, bucket_url, data) for output in ("one", "other"))
-    log = tmp_path / "second.log"
+    logs = tmp_path / "second"
+    run_ranks(time.time, 1)  # what the others are forked from is there before the first trains
     first = start_regen("train", one, log=tmp_path / "first.log")
     try:
         wait_for_step(tmp_path / "one" / "tiny", 15, first)
-        assert run_regen("train", other, log=log) == 8
-        told = log.read_text()
+        assert run_regen_alone("train", other, logs=logs) == 8
+        told = said(logs)[0]
         assert f"{bucket_url}/tiny: already being trained by rank 0 on {os.uname().nodename}" in told
         assert f"in the run folder {tmp_path}/one/tiny" in told
-        assert run_regen("checkpoint", "prune", f"{bucket_url}/tiny", "--keep-last", 2, log=log) == 8
+        assert run_regen_alone("checkpoint", "prune", f"{bucket_url}/tiny", "--keep-last", 2, logs=logs) == 8
         (name,) = _claims(bucket_url)
         holder = parse_holder(Store(f"{bucket_url}/tiny/claims").get(name))
         assert holder is not None
@@ -66,13 +67,13 @@ def test_the_same_checkpoints_from_two_run_folders(bucket_url: str, tmp_path: Pa
     finally:
         first.kill()
     assert _claims(bucket_url) == [name]
-    assert run_regen("train", other, log=log) == 4
-    assert "is of another run" in log.read_text()
-    assert run_regen("checkpoint", "adopt", tmp_path / "other" / "tiny", f"{bucket_url}/tiny", log=log) == 0
+    assert run_regen_alone("train", other, logs=logs) == 4
+    assert "is of another run" in said(logs)[0]
+    assert run_regen_alone("checkpoint", "adopt", tmp_path / "other" / "tiny", f"{bucket_url}/tiny", logs=logs) == 0
     folder = CheckpointFolder(f"{bucket_url}/tiny")
     steps = (folder.pointer() or 0) + 10
-    assert run_regen("train", other, f"train.steps={steps}", log=log) == 0
-    assert f"resumed at step {steps - 10}" in log.read_text()
+    assert run_regen_alone("train", other, f"train.steps={steps}", logs=logs) == 0
+    assert f"resumed at step {steps - 10}" in said(logs)[0]
     assert _claims(bucket_url) == []
     assert folder.manifest(steps).run_id == read_run_id(tmp_path / "other" / "tiny")
     assert folder.manifest(steps).run_id == read_run_id(tmp_path / "one" / "tiny")

@@ -20,7 +20,7 @@ from regen_dist.observe.record import read_record
 from regen_dist.training.run import train
 from tests.helpers.checkpoints import newest
 from tests.helpers.machine import descendants, wait_until_gone
-from tests.helpers.ranks import run_regen, start_regen, wait_for_step
+from tests.helpers.ranks import run_regen, run_regen_ranks, said, start_regen, wait_for_step
 from tests.helpers.stores import use
 from tests.helpers.tiny import tiny_run
 from tests.helpers.video import moving_square, write_video
@@ -74,15 +74,16 @@ def shop(object_store: ObjectServer, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def undisturbed(shop: Workshop) -> Path:
     """A run that nothing happens to."""
-    assert shop.regen("train", shop.config, "--ranks", 2, "name=undisturbed", log="undisturbed") == 0
+    logs = shop.folder / "undisturbed"
+    assert run_regen_ranks("train", shop.config, "name=undisturbed", logs=logs) == [0, 0], said(logs)
     return shop.run("undisturbed")
 
 
 @pytest.fixture(scope="module")
 def killed(shop: Workshop) -> Path:
     """A copy of a run of two ranks as SIGKILL left it, and the run itself, finished by the same command."""
-    command, run = ("train", shop.config, "--ranks", 2, "name=killed"), shop.run("killed")
-    process = start_regen(*command, log=shop.folder / "killed.log")
+    command, run = ("train", shop.config, "name=killed"), shop.run("killed")
+    process = start_regen(*command, "--ranks", 2, log=shop.folder / "killed.log")
     try:
         wait_for_step(run, SAVE_EVERY + 2, process)
         started = descendants(process.pid)
@@ -92,7 +93,7 @@ def killed(shop: Workshop) -> Path:
     assert process.wait() == -signal.SIGKILL
     wait_until_gone(started)
     shutil.copytree(run, shop.run("left"))
-    assert shop.regen(*command, log="killed_again") == 0
+    assert run_regen_ranks(*command, logs=shop.folder / "killed_again") == [0, 0]
     return run
 
 
@@ -132,7 +133,7 @@ def test_a_killed_run_trains_on_exactly_the_samples_of_an_undisturbed_one(
     last checkpoint; no step trains on anything else, and the losses are the same bit for bit."""
     saved = newest(shop.run("left"))
     assert SAVE_EVERY <= saved.step < STEPS
-    assert f"resumed at step {saved.step} on 2 rank(s)" in shop.said("killed_again")
+    assert f"resumed at step {saved.step} on 2 rank(s)" in said(shop.folder / "killed_again")[0]
     assert trained_on(killed, 2) == trained_on(undisturbed, 2)
     assert losses(killed) == losses(undisturbed)
 

@@ -23,7 +23,7 @@ from regen_dist.inference.frames import SourceVideo
 from regen_dist.observe.record import read_record
 from regen_dist.training.run import build_task
 from tests.helpers.checkpoints import newest, tensors
-from tests.helpers.ranks import run_regen
+from tests.helpers.ranks import run_regen_alone, run_regen_ranks, said
 from tests.helpers.tiny import tiny_dataset, tiny_run
 from tests.helpers.video import moving_square, write_video
 
@@ -31,10 +31,10 @@ STEPS = 6
 KINDS = {"ema": "ema", "plain": "master"}
 
 
-def _regen(*arguments: object, log: Path, code: int = 0) -> str:
-    found = run_regen(*arguments, log=log, timeout_s=240)
-    assert found == code, log.read_text()
-    return log.read_text()
+def _regen(*arguments: object, logs: Path, code: int = 0) -> str:
+    """The command line in a process that begins with everything imported; returns what it printed."""
+    assert run_regen_alone(*arguments, logs=logs) == code, said(logs)
+    return said(logs)[0]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def run(folder: Path, shards: Path) -> Path:
     )  # fmt: skip
     path = folder / "tiny.yaml"
     path.write_text(to_yaml(made))
-    _regen("train", path, "--ranks", 2, log=folder / "train.log")
+    assert run_regen_ranks("train", path, logs=folder / "train-log") == [0, 0], said(folder / "train-log")
     return folder / "runs" / "tiny"
 
 
@@ -67,9 +67,9 @@ def exports(run: Path, folder: Path) -> dict[str, Path]:
     """Both kinds of weights; statistics of the averaged ones alone."""
     found = {kind: folder / f"model-{kind}" for kind in KINDS}
     arguments = ("checkpoint", "export", run, "--out", found["ema"], "--statistics-clips", 4)
-    _regen(*arguments, log=folder / "ema.log")
+    _regen(*arguments, logs=folder / "ema-log")
     arguments = ("checkpoint", "export", run, "--out", found["plain"], "--no-statistics", "--weights", "plain")
-    _regen(*arguments, log=folder / "plain.log")
+    _regen(*arguments, logs=folder / "plain-log")
     return found
 
 
@@ -120,7 +120,7 @@ def test_an_export_reconstructs_as_its_run_does(run: Path, exports: dict[str, Pa
     for name, place in (("run", run), ("export", exports["ema"])):
         out = folder / f"out-{name}"
         arguments = ("reconstruct", folder / "held_out.mp4", "--run", place, "--out", out, "--steps", 2)
-        _regen(*arguments, log=folder / "reconstruct.log")
+        _regen(*arguments, logs=folder / "reconstruct-log")
         measures.append(json.loads((out / "metrics.json").read_text()))
         frames = [torch.from_numpy(frame) for frame in SourceVideo(out / "reconstruction.mp4").frames()]
         measures[-1]["frames"] = torch.stack(frames)
@@ -145,9 +145,9 @@ class TestImport:
 
     def test_training_goes_on_from_the_weights(self, exports: dict[str, Path], config: Path, folder: Path) -> None:
         """The first loss is that of the exported weights on the new run's first batch, and not that of fresh ones."""
-        shown = _regen("checkpoint", "import", exports["ema"], config, log=folder / "import.log")
+        shown = _regen("checkpoint", "import", exports["ema"], config, logs=folder / "import-log")
         assert "step 0 has the weights of" in shown
-        _regen("train", config, log=folder / "next.log")
+        _regen("train", config, logs=folder / "next-log")
         run = folder / "runs" / "next"
         (first, *_, last) = read_record(run / "metrics.jsonl", "train")
         made = load_saved_config(run)
@@ -155,14 +155,14 @@ class TestImport:
         assert first["loss"] == pytest.approx(_loss(made, weights), rel=1e-6)
         assert abs(first["loss"] - _loss(made, None)) > 1e-3 * first["loss"]
         assert last["step"] == newest(run).step == 3
-        again = _regen("checkpoint", "import", exports["ema"], config, log=folder / "again.log", code=4)
+        again = _regen("checkpoint", "import", exports["ema"], config, logs=folder / "again-log", code=4)
         assert "give the run another name" in again
 
     def test_two_ranks_take_it_up(self, exports: dict[str, Path], config: Path, folder: Path) -> None:
         """Under ZeRO-3, by two ranks: the same first loss as one process has."""
         changes = ("name=two", "engine.kind=zero3", "train.steps=1")
-        _regen("checkpoint", "import", exports["ema"], config, *changes, log=folder / "import2.log")
-        _regen("train", config, "--ranks", 2, *changes, log=folder / "two.log")
+        _regen("checkpoint", "import", exports["ema"], config, *changes, logs=folder / "import2-log")
+        assert run_regen_ranks("train", config, *changes, logs=folder / "two-log") == [0, 0]
         run = folder / "runs" / "two"
         (first,) = read_record(run / "metrics.jsonl", "train")
         weights = load_file(exports["ema"] / "model.safetensors")
@@ -171,7 +171,7 @@ class TestImport:
     def test_a_config_of_another_model_is_refused(self, exports: dict[str, Path], config: Path, folder: Path) -> None:
         """Exit code 4, one message that names the parameters, and no run."""
         changes = ("name=wrong", "model.decoder.width=48")
-        shown = _regen("checkpoint", "import", exports["ema"], config, *changes, log=folder / "wrong.log", code=4)
+        shown = _regen("checkpoint", "import", exports["ema"], config, *changes, logs=folder / "wrong-log", code=4)
         assert shown.count("error:") == 1
         assert "decoder." in shown
         assert "Traceback" not in shown

@@ -16,7 +16,7 @@ from regen_dist.data.format.latents import CacheFacts, unpack_latents
 from regen_dist.observe.record import read_record
 from tests.helpers.datasets import clip, write_tar
 from tests.helpers.networks import KINDS, frozen_model, save_autoencoder
-from tests.helpers.ranks import run_regen
+from tests.helpers.ranks import run_regen, run_regen_alone, said
 from tests.helpers.tiny import tiny_dataset, tiny_run
 from tests.helpers.video import moving_square, write_video
 
@@ -59,10 +59,10 @@ def test_tars_of_webdataset_train_once_they_are_indexed(tars: Path, tmp_path: Pa
         train__steps=24,
         train__trace_samples=True,
     )
-    path, log = tmp_path / "mixture.yaml", tmp_path / "train.log"
+    path, logs = tmp_path / "mixture.yaml", tmp_path / "train"
     path.write_text(to_yaml(config))
-    assert run_regen("train", path, log=log) == 0, log.read_text()
-    assert "data: 28 samples in 2 dataset(s), 6 bucket(s)" in log.read_text()
+    assert run_regen_alone("train", path, logs=logs) == 0, said(logs)
+    assert "data: 28 samples in 2 dataset(s), 6 bucket(s)" in said(logs)[0]
     run = tmp_path / "runs" / "tiny"
     assert [line["step"] for line in read_record(run / "metrics.jsonl", "train")] == list(range(1, 25))
     ids = [key for line in read_record(run / "samples" / "rank-00000.jsonl") for key in line["ids"]]
