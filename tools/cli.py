@@ -78,7 +78,7 @@ _register()
 
 def main() -> None:
     """Entry point: user-facing errors become one message on stderr and an exit code."""
-    # Python's 700 make an eighth of a rank's start a search for garbage that imports do not make.
+    # Python's 700 make a twelfth of a rank's start a search for garbage that imports do not make.
     gc.set_threshold(10_000)
     start_safely()
     print_any_text()
