@@ -53,7 +53,7 @@ def made(embedder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(made: Path, embedder: Path, tmp_path: Path) -> PreencodeConfig:
-    """Of a copy of the videos."""
+    """Config that encodes a copy of the videos."""
     shutil.copytree(made / "shards", tmp_path / "shards")
     return preencode_config(embedder, tmp_path / "shards", tmp_path / "cache", text=TEXT)
 

@@ -58,7 +58,7 @@ def test_parameters_are_those_of_the_real_model(nano: EmbedderConfig) -> None:
 
 
 def _kept_bytes(model: nn.Module, *inputs: torch.Tensor) -> int:
-    """Of what autograd keeps in a real forward pass, weights apart."""
+    """Bytes that autograd keeps in a real forward pass, weights apart."""
     weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
     kept: dict[int, int] = {}
     alive = []

@@ -110,7 +110,7 @@ def test_validation_clips_are_fixed_and_centred(config: DataConfig) -> None:
 
 
 def test_validation_clips_are_of_videos_that_are_long_enough(config: DataConfig) -> None:
-    """As training leaves out the shorter ones: of eleven samples one has 24 frames, and ten have 36."""
+    """The shorter ones are left out, as in training: of eleven samples one has 24 frames, and ten have 36."""
     clips = validation_clip(config, num_frames=33, most=11)
     assert clips.video.shape == (10, 3, 33, 32, 40)
     with pytest.raises(DataError, match=r"none of the 11 samples .* has the 41 frames"):

@@ -52,7 +52,7 @@ def _ours(folder: Path) -> Any:
 
 
 def _opened(folder: Path, **options: Any) -> Any:
-    """By the module of code in the folder, as diffusers loads it; not by our class."""
+    """Open a folder by the module of code in it, as diffusers does; not by our class."""
     from diffusers import AutoModel
 
     found = AutoModel.from_pretrained(str(folder), trust_remote_code=True, **options)
@@ -183,7 +183,7 @@ def test_statistics(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("saved_by", ["package", "module"])
 def test_what_was_saved_opens_again(tmp_path: Path, saved_by: str) -> None:
-    """By our class and by that of the exported module: code, config and weights, with which diffusers gets the same
+    """Our class and that of the exported module both save code, config and weights, with which diffusers gets the same
     pixels, and the statistics as they were."""
     folder = _exported(tmp_path)
     model = _ours(folder) if saved_by == "package" else _opened(folder)

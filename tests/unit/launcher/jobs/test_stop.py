@@ -85,7 +85,7 @@ def test_a_command_is_stopped_for_good(local: Here, capsys: pytest.CaptureFixtur
 
 
 def test_a_job_whose_process_is_killed_ends(local: Here) -> None:
-    """It is lost, and not at work any more: nothing would stop it."""
+    """Its processes end with it: nothing else would stop them."""
     job = local.watcher("w")
     wait_until(lambda: is_printing(job), lambda: (job.folder / local_executor.LOG).read_text())
     os.kill(int(job.id() or 0), signal.SIGKILL)
@@ -218,7 +218,7 @@ def test_steps_of_a_pipeline_are_not_resumed_beside_each_other(tmp_path: Path) -
 
 
 def test_tries_before_a_resume_do_not_count(tmp_path: Path) -> None:
-    """What was given up begins again: a person has looked at it."""
+    """A job that was given up begins again: a person has looked at it."""
     job = made_job(tmp_path / "a", steps=None, cluster=LOCAL)
     for number in range(job.cluster.retry.starts_without_progress):
         started(job.tasks[0], at=SUBMITTED + number)

@@ -1,4 +1,4 @@
-"""What is told before a job is submitted: each refusal, all at once, without torch."""
+"""Refusals before a job is submitted: each one, all at once, without torch."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_a_command_that_is_no_training_is_checked_too(tmp_path: Path) -> None:
 def test_everything_that_is_wrong_is_told_at_once_and_force_submits_anyway(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the command line: exit code 2, each problem a line, nothing left; with --force they are warnings."""
+    """The command ends with exit code 2, each problem a line, nothing left; with --force they are warnings."""
     started: list[Submission] = []
     monkeypatch.setattr(local_executor, "start_locally", lambda job: started.append(job) or "12")
     config = tmp_path / "tiny.yaml"
