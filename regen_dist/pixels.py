@@ -1,6 +1,7 @@
-"""Pixels as numbers: uint8 in files and datasets, float in [-1, 1] in models. The only place that converts them.
+"""Pixels as numbers: uint8 in files and datasets, float in [-1, 1] in models, the only place that converts them; and
+their structural similarity (SSIM), which is measured and can be trained on.
 
-Legend: B clips, T frames, H x W pixels.
+Legend: B clips, T frames, H x W pixels, N planes, h x w places of the window.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 UInt8s = npt.NDArray[np.uint8]
 _HALF_RANGE = 127.5  # uint8 0 … 255 is -1 … 1
+SSIM_WINDOW, _SIGMA = 11, 1.5  # pixels (Wang et al., 2004)
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -40,3 +43,33 @@ def to_frames(video: Tensor) -> UInt8s:
     """A float video [3, T, H, W] in [-1, 1] to uint8 RGB frames [T, H, W, 3]."""
     frames: UInt8s = to_uint8(video).permute(1, 2, 3, 0).cpu().numpy()
     return frames
+
+
+def ssim_terms(x: Tensor, y: Tensor, data_range: float = 255.0) -> tuple[Tensor, Tensor]:
+    """Return the two factors of SSIM (Wang et al., 2004) at every position where their Gaussian window fits whole:
+    luminance, and contrast with structure, each [N, 1, h, w].
+
+    Args:
+        x, y: planes [N, 1, H, W].
+        data_range: highest value less the lowest that a pixel can have.
+    """
+    at = torch.arange(SSIM_WINDOW, dtype=x.dtype, device=x.device) - SSIM_WINDOW // 2
+    window = torch.exp(-(at**2) / (2 * _SIGMA**2))
+    window = window / window.sum()
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+
+    def blur(image: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(image, window[None, None, :, None]), window[None, None, None])
+
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return luminance, (2 * covariance + c2) / (var_x + var_y + c2)
+
+
+def clip_ssim(source: Tensor, made: Tensor) -> Tensor:
+    """Return each clip's mean SSIM over frames and colours, [B], of clips [B, 3, T, H, W] in [-1, 1]."""
+    planes = ((video.float().reshape(-1, 1, *video.shape[3:]) + 1) / 2 for video in (source, made))
+    luminance, contrast = ssim_terms(*planes, data_range=1.0)
+    return (luminance * contrast).reshape(len(source), -1).mean(1)

@@ -346,6 +346,7 @@ class DiffusionConfig(Section):
 # Sections on losses beside the reconstruction's, all off by default (docs/losses.md). Imports no torch.
 
 
+SSIM_WINDOW = 11  # pixels, as in `regen_dist.pixels`
 Weight = Annotated[float, Field(ge=0.0)]  # of a term, beside the reconstruction's 1; 0 leaves the term out
 
 
@@ -409,6 +410,12 @@ class AdversarialConfig(Section):
     clip_norm: PositiveFloat = Field(default=1.0, description="Largest norm of the discriminator's gradient.")
 
 
+class SsimConfig(Section):
+    """Structural dissimilarity: 1 - SSIM of the frames' colours (Wang et al., 2004), as it is evaluated."""
+
+    weight: Weight = Field(default=0.0, description="Weight beside the reconstruction's 1; 0: off.")
+
+
 class LossesConfig(Section):
     """Terms beside the reconstruction's loss. A weight of 0 is off: nothing is built, and nothing is computed."""
 
@@ -416,6 +423,7 @@ class LossesConfig(Section):
         default=PerceptualConfig(), description="Distance of features of a frozen image network."
     )
     adversarial: AdversarialConfig = Field(default=AdversarialConfig(), description="Loss of a 3D patch discriminator.")
+    ssim: SsimConfig = Field(default=SsimConfig(), description="Structural dissimilarity of the frames.")
     signal_floor: Fraction = Field(
         default=0.25,
         description="REGEN's terms count with floor + (1 - floor) * alpha^2 / (alpha^2 + sigma^2); 0 leaves pure noise "
@@ -425,7 +433,15 @@ class LossesConfig(Section):
     @property
     def any(self) -> bool:
         """Return true if any term is enabled."""
-        return self.perceptual.weight > 0 or self.adversarial.weight > 0
+        return self.perceptual.weight > 0 or self.adversarial.weight > 0 or self.ssim.weight > 0
+
+    @model_serializer(mode="wrap")
+    def _omit_default_ssim(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the default out, so that configs saved before there was this term keep their text and hash."""
+        values: dict[str, Any] = serialize(self)
+        if self.ssim == SsimConfig():
+            del values["ssim"]
+        return values
 
 
 class EmbedderTrainConfig(TrainConfig):
@@ -461,6 +477,16 @@ class EmbedderConfig(CommonConfig):
                 f"train.losses.signal_floor {losses.signal_floor:g}: the pixels of a noise prediction "
                 "(diffusion.target=eps) diverge near pure noise, where the floor would count them; set "
                 "train.losses.signal_floor=0, or use target 'x0' or 'velocity'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_ssim_window(self) -> EmbedderConfig:
+        smallest = min(min(size) for size in self.data.sizes)
+        if self.train.losses.ssim.weight > 0 and smallest < SSIM_WINDOW:
+            raise ValueError(
+                f"train.losses.ssim.weight {self.train.losses.ssim.weight:g}: its window is {SSIM_WINDOW} pixels wide, "
+                f"data.size has {smallest}; enlarge data.size, or set train.losses.ssim.weight=0"
             )
         return self
 

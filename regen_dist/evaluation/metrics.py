@@ -19,7 +19,7 @@ import numpy as np
 
 from regen_dist.config.run import check_seed
 from regen_dist.errors import BackendError, ConfigError, DataError, needing_extra
-from regen_dist.evaluation.perceptual import SSIM_WINDOW, frame_planes, ssim_terms
+from regen_dist.evaluation.perceptual import frame_planes
 from regen_dist.inference.frames import ROUNDING_S, Frame, SourceVideo, VideoWriter
 from regen_dist.inference.long_video import (
     DEFAULT_FADE,
@@ -33,6 +33,7 @@ from regen_dist.inference.long_video import (
     make_plan,
     output_positions,
 )
+from regen_dist.pixels import SSIM_WINDOW, ssim_terms
 
 if TYPE_CHECKING:
     from regen_dist.evaluation.protocol import PinnedVideo

@@ -24,14 +24,12 @@ from torch import Tensor
 
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference.frames import Frame
+from regen_dist.pixels import SSIM_WINDOW, ssim_terms
 
-# SSIM (Wang et al., 2004) by their Gaussian window, where it fits whole. Multi-scale SSIM (Wang, Simoncelli and Bovik,
-# 2003): contrast and structure at five scales, luminance at the last.
+# Multi-scale SSIM (Wang, Simoncelli and Bovik, 2003): contrast and structure at five scales, luminance at the last.
 
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-SSIM_WINDOW, _SIGMA = 11, 1.5  # pixels
 MS_SSIM_SIDE = (SSIM_WINDOW - 1) * 2 ** (len(_SCALE_WEIGHTS) - 1) + 1  # smallest side of a frame in pixels
-_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def ms_ssim(source: Frame, other: Frame) -> float | None:
@@ -54,23 +52,6 @@ def ms_ssim(source: Frame, other: Frame) -> float | None:
 def frame_planes(frame: Frame) -> Tensor:
     """Return the colours of a frame [H, W, 3] as planes [3, 1, H, W], float64."""
     return torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[:, None].double()
-
-
-def ssim_terms(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The luminance and the contrast-structure terms of SSIM of planes [3, 1, H, W] in [0, 255] at every position where
-    the window fits, [3, 1, h, w]."""
-    at = torch.arange(SSIM_WINDOW, dtype=x.dtype) - SSIM_WINDOW // 2
-    window = torch.exp(-(at**2) / (2 * _SIGMA**2))
-    window = window / window.sum()
-
-    def blur(image: Tensor) -> Tensor:
-        return F.conv2d(F.conv2d(image, window[None, None, :, None]), window[None, None, None])
-
-    mean_x, mean_y = blur(x), blur(y)
-    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
-    covariance = blur(x * y) - mean_x * mean_y
-    luminance = (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
-    return luminance, (2 * covariance + _C2) / (var_x + var_y + _C2)
 
 
 # Artefacts of a patch decoder.

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn as nn
 
 from regen_dist.config.embedder import AdversarialConfig, LossesConfig
 from regen_dist.config.run import EngineConfig
 from regen_dist.models.flops import FlopReport, count_pass
 from regen_dist.models.perceptual import PatchDiscriminator, load_perceptual
+from regen_dist.pixels import clip_ssim
 
 # Communication of ZeRO-3: bytes that each GPU sends in one optimizer step, and the time that the wires need for them.
 #
@@ -354,7 +356,16 @@ def loss_memory_bytes(losses: LossesConfig, clip: tuple[int, int, int, int], cli
         weights, activations = _perceptual(losses, clip)
         terms["perceptual network (fp32, on every GPU)"] = weights
         terms["activations of the perceptual network"] = clips_per_gpu * activations
+    if losses.ssim.weight > 0:
+        terms["activations of SSIM"] = clips_per_gpu * _ssim(clip)
     return terms
+
+
+def _ssim(clip: tuple[int, int, int, int]) -> int:
+    """Bytes that the SSIM of one clip keeps."""
+    with torch.device("meta"):
+        source, made = torch.empty(1, *clip), torch.empty(1, *clip, requires_grad=True)
+    return count_pass(nn.Module(), lambda: clip_ssim(source, made), activation_checkpointing=False).activation_bytes
 
 
 def _discriminator(config: AdversarialConfig, clip: tuple[int, int, int, int]) -> tuple[int, int]:

@@ -1,4 +1,5 @@
-"""The terms of `train.losses` beside an embedder's reconstruction loss: perceptual and adversarial (docs/losses.md).
+"""The terms of `train.losses` beside an embedder's reconstruction loss: perceptual, structural and adversarial
+(docs/losses.md).
 
 Each is a mean over samples of a sample's own term, times the sample's share of signal: no term depends on the batch
 that a sample is in, nor on the rank.
@@ -27,6 +28,7 @@ from regen_dist.models.perceptual import (
     load_perceptual,
     r1_penalty,
 )
+from regen_dist.pixels import clip_ssim
 from regen_dist.training.task import Loss
 
 
@@ -71,6 +73,10 @@ class ExtraLosses:
             distance = self._perceptual(self._network, source, made, ids, step)
             extra = extra + self._losses.perceptual.weight * (share * distance).mean()
             figures["perceptual"] = distance.detach().mean()
+        if self._losses.ssim.weight > 0:
+            dissimilarity = 1 - clip_ssim(source, made)
+            extra = extra + self._losses.ssim.weight * (share * dissimilarity).mean()
+            figures["dissimilarity"] = dissimilarity.detach().mean()
         if self._losses.adversarial.weight > 0 and step >= self._losses.adversarial.start_step:
             assert engine.discriminator is not None, "built where the weight is above 0"
             figures |= self._train(engine.discriminator, source, made.detach(), share)

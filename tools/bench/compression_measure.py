@@ -30,11 +30,11 @@ from regen_dist.data.video.reader import VideoReader, read_clip
 from regen_dist.data.video.scenes import analyse, is_frozen, missed_cut, shots
 from regen_dist.errors import ConfigError, DataError
 from regen_dist.evaluation.metrics import VideoMeter, Vmaf, psnr_db, squared_error, vmaf
-from regen_dist.evaluation.perceptual import SSIM_WINDOW, GivenNetwork, frechet_distance, load_features, segments
+from regen_dist.evaluation.perceptual import GivenNetwork, frechet_distance, load_features, segments
 from regen_dist.inference.codec import Codec
 from regen_dist.inference.frames import Frame, write_video
 from regen_dist.jsontext import json_text
-from regen_dist.pixels import to_frames, to_videos
+from regen_dist.pixels import SSIM_WINDOW, to_frames, to_videos
 
 SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".y4m", ".mpg", ".mpeg", ".ts"})
 LEAST_FRAMES, MOST_FRAMES = 33, 66  # one clip of k = 32, and two

@@ -6,27 +6,33 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from regen_dist import pixels
 from regen_dist.checks.findings import Target
 from regen_dist.checks.kernels import losses
 from regen_dist.checks.run import CHECKS
 from regen_dist.config import config_hash, load_saved_config, save_config
+from regen_dist.config.embedder import SSIM_WINDOW
 from regen_dist.data.loading.clip_loader import ClipBatch
 from regen_dist.distributed.discriminator import DiscriminatorTrainer, build_discriminator_trainer
 from regen_dist.distributed.engine import PlainEngine
 from regen_dist.distributed.ranks import Ranks
 from regen_dist.errors import CheckpointError
+from regen_dist.evaluation.metrics import ssim
 from regen_dist.models.perceptual import PatchDiscriminator, discriminator_loss, load_perceptual, r1_penalty
 from regen_dist.training.run import build_task, train
+from regen_dist.training.task import Loss
 from tests.helpers.networks import vgg_tensors, write_vgg
 from tests.helpers.tiny import ADVERSARIAL, saved_tensors, tiny_run, wake
 from tools.describe import gather
 
 CPU = torch.device("cpu")
+SSIM: dict[str, Any] = {"train__losses__ssim__weight": 0.1}
 IDS = torch.tensor([5, 17, 2**40, 3])
 
 
@@ -59,11 +65,12 @@ def _settings(name: str, network: Path) -> dict[str, Any]:
             "train__losses__adversarial__regularisation": "r1",
             "train__losses__adversarial__regularisation_weight": 10.0,
         },
+        "ssim": SSIM,
         "both": {**ADVERSARIAL, "train__losses__perceptual": perceptual},
     }[name]  # fmt: skip
 
 
-TERMS = ["perceptual", "hinge", "lecam", "non_saturating_r1", "both"]
+TERMS = ["perceptual", "ssim", "hinge", "lecam", "non_saturating_r1", "both"]
 MODELS: dict[str, dict[str, Any]] = {
     "regen": {},
     "eps": {"diffusion__target": "eps", "diffusion__density__pure_noise": 0.0, "train__losses__signal_floor": 0.0},
@@ -88,7 +95,7 @@ def test_gradients_reach_every_part(model: str, terms: str, network: Path) -> No
         assert torch.equal(parameter.grad, before[name]), name
         # The head's bias gets none while the hinge is open to all logits: sources and reconstructions cancel out.
         assert parameter.numel() == 1 or before[name].any(), name
-    assert bool(before) == (terms != "perceptual")
+    assert bool(before) == (terms not in ("perceptual", "ssim"))
 
 
 def _discriminator_parameters(engine: PlainEngine) -> dict[str, Any]:
@@ -171,6 +178,21 @@ def test_signal_weighs_the_terms() -> None:
     assert extras[2] != 0
 
 
+def test_the_structural_term_is_one_less_the_ssim_that_is_measured() -> None:
+    """Of each frame as it is evaluated, averaged; SSIM of values in [-1, 1] is that of the same pixels in 0 … 255."""
+    task, engine = _task(**SSIM, train__losses__signal_floor=1.0)
+    source, made = pixels.to_float(_batch().video), pixels.to_float(_batch().video.flip(0))
+    loss = Loss(torch.zeros(()), {})
+    extra = task.extra_losses.add(loss, engine, source, made, torch.ones(4), IDS, 0)
+    frames = [[pixels.to_frames(clip) for clip in clips] for clips in (source, made)]
+    measured = [[ssim(*pair) for pair in zip(one, other, strict=True)] for one, other in zip(*frames, strict=True)]
+    expected = 1 - np.mean(measured)
+    assert 0.5 < expected < 1.5  # of different noise
+    assert extra.figures["dissimilarity"].item() == pytest.approx(expected, abs=1e-5)
+    assert extra.extra.item() == pytest.approx(0.1 * expected, abs=1e-5)
+    assert SSIM_WINDOW == pixels.SSIM_WINDOW
+
+
 def test_configs_of_before_keep_their_text_and_hash(tmp_path: Path) -> None:
     """What is off does not stand in the saved config. The hash is that of the config before there were such losses."""
     config = tiny_run(tmp_path)
@@ -178,8 +200,12 @@ def test_configs_of_before_keep_their_text_and_hash(tmp_path: Path) -> None:
     assert config_hash(config) == config_hash(tiny_run(tmp_path, train__losses={}))
     on = tiny_run(tmp_path, **ADVERSARIAL)
     assert config_hash(on) != config_hash(config)
+    assert "ssim" not in on.model_dump(mode="json")["train"]["losses"]  # newer than the others
     save_config(on, on.folder)
     assert load_saved_config(on.folder) == on
+    structural = tiny_run(tmp_path, **SSIM)
+    assert structural.model_dump(mode="json")["train"]["losses"]["ssim"] == {"weight": 0.1}
+    assert type(structural).model_validate(structural.model_dump(mode="json")) == structural
 
 
 @pytest.mark.parametrize(
@@ -191,6 +217,7 @@ def test_configs_of_before_keep_their_text_and_hash(tmp_path: Path) -> None:
             r"set train\.losses\.signal_floor=0",
         ),
         ({**ADVERSARIAL, "train__losses__adversarial__channels": 20}, "multiple of 8"),
+        ({**SSIM, "data__size": [8, 16]}, r"window is 11 pixels wide, data\.size has 8; enlarge data\.size"),
     ],
 )
 def test_configs_that_cannot_be(changes: dict[str, Any], found: str) -> None:
@@ -300,7 +327,7 @@ def test_describe_counts_what_the_terms_hold(network: Path) -> None:
     """The states' bytes are those of the tensors there are; of activations, what autograd really keeps in the passes of
     one micro-batch is within a tenth of the estimate for the discriminator, and within a half for the perceptual
     network."""
-    config = tiny_run(**_settings("both", network), data__size=[16, 24])
+    config = tiny_run(**_settings("both", network), **SSIM, data__size=[16, 24])
     without = tiny_run(data__size=[16, 24])
     plain, found = (gather(each, world_size=1)["memory_bytes_per_gpu"] for each in (without, config))
     added = {name: size for name, size in found.items() if name not in plain}
@@ -318,6 +345,8 @@ def test_describe_counts_what_the_terms_hold(network: Path) -> None:
     kept = _kept(lambda: perceptual.distance(images.detach(), images), [])
     assert 0.5 * added["activations of the perceptual network"] < kept
     assert kept < 1.5 * added["activations of the perceptual network"]
+    kept = _kept(lambda: pixels.clip_ssim(video.detach(), video), [])
+    assert added["activations of SSIM"] == pytest.approx(kept, rel=0.1)
 
 
 def _kept(forward: Callable[[], object], weights: Iterable[Tensor]) -> int:
