@@ -52,6 +52,9 @@ def test_build_inspect_verify(tmp_path: Path) -> None:
     assert "2 from 1 source" in shown
     assert "crf=18" in shown
     assert "everything is as it was written" in run("verify", out, "--workers", "0")
+    code = f"import sys; from tools.shards import app; app(['verify', {out!r}, '--workers=0'], standalone_mode=False)"
+    code += "; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)  # it imports no torch
     flip_byte(tmp_path / "out" / "part-00000-000000.tar", 1000)
     with pytest.raises(DataError, match="1 problem in") as caught:
         run("verify", out, "--workers", "0")

@@ -22,6 +22,7 @@ from launcher.jobs import find
 from launcher.jobs import stop as stopping
 from launcher.jobs.find import Member, choose_job
 from launcher.jobs.stop import changed_cluster, incomplete_tasks, rebuild_request, resubmit, stop
+from launcher.jobs.table import list_jobs
 from launcher.retry import decide_start
 from launcher.submit import command_request, submit, wait_for
 from regen_dist.config import to_yaml
@@ -85,11 +86,13 @@ def test_a_command_is_stopped_for_good(local: Here, capsys: pytest.CaptureFixtur
 
 
 def test_a_job_whose_process_is_killed_ends(local: Here) -> None:
-    """Its processes end with it: nothing else would stop them."""
+    """Its processes end with it, since nothing else would stop them, and it shows as lost."""
     job = local.watcher("w")
     wait_until(lambda: is_printing(job), lambda: (job.folder / local_executor.LOG).read_text())
     os.kill(int(job.id() or 0), signal.SIGKILL)
     wait_until(lambda: not processes_of(local.root), lambda: processes_of(local.root))
+    ((row,), problems) = list_jobs(local.root)
+    assert (row.run, row.state, problems) == ("w", "lost", [])
 
 
 def test_tasks_of_an_array_are_stopped_alone_and_the_rest_at_once(
