@@ -70,6 +70,24 @@ def test_an_error_of_the_user_is_one_message_and_its_exit_code() -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("reconstruct", "s3://bucket/a.mp4", "--out", "made"),
+        ("reconstruct", "a.mp4", "--out", "s3://bucket/made"),
+        ("shards", "frames", "https://server/a/", "--out", "made"),
+        ("checkpoint", "export", "run", "--out", "gs://bucket/made"),
+    ],
+)
+def test_a_url_where_a_path_is_due(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """Results were written to a local folder called `s3:`."""
+    done = run_here(regen(*arguments), cwd=tmp_path)
+    (url,) = (word for word in arguments if "://" in word)
+    assert done.returncode == 2
+    assert f"{url.rstrip('/')} is a URL, and this takes a path on this machine" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_stdout_without_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
     done = _regen("check", "--help", run=subprocess.run)
