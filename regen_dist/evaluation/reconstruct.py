@@ -19,7 +19,7 @@ from regen_dist.evaluation.metrics import Measurement, Options, Pair, Roundtrip,
 from regen_dist.evaluation.reconstruction_table import RECONSTRUCTION_MEASURES
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.inference.codec import Window, blended, window_weights
-from regen_dist.inference.frames import Frame, SourceVideo, VideoWriter
+from regen_dist.inference.frames import Frame, SourceVideo, VideoWriter, check_written_sides
 from regen_dist.inference.long_video import VideoCodec
 from regen_dist.jsontext import json_text
 from regen_dist.models.encoder import Latents
@@ -84,6 +84,7 @@ def reconstruct(
     options.check(codec)
     if source.path.resolve() in ((out / name).resolve() for name in (RECONSTRUCTION, SIDE_BY_SIDE)):
         raise DataError(f"{source.path} would be replaced by its reconstruction; choose another --out")
+    check_written_sides(out / SIDE_BY_SIDE, source.height, 2 * source.width + _DIVIDER)
     _make_folder(out)
     cuts = source.cuts() if options.cuts else ()
     with ExitStack() as stack:
