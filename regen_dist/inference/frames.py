@@ -164,7 +164,7 @@ class VideoWriter:
         self._options = {"crf": str(crf), "preset": preset, "x264-params": "cpu-independent=1:chromaloc=1"}
         self._partial = temporary_beside(path)
         self._stream: VideoStream | None = None
-        self._num_written = 0
+        self._last_tick = -1
 
     def __enter__(self) -> VideoWriter:
         import av
@@ -193,10 +193,11 @@ class VideoWriter:
                 dst_colorspace=BT709_MATRIX,
                 dst_color_range=LIMITED_RANGE,
             )
-            picture.pts = self._num_written if seconds is None else round(seconds * CLOCK)
+            tick = self._last_tick + 1  # frames that are nearer to each other than a tick would have one time
+            self._last_tick = tick if seconds is None else max(tick, round(seconds * CLOCK))
+            picture.pts = self._last_tick
             picture.time_base = self._stream.codec_context.time_base
             self._container.mux(self._stream.encode(picture))
-        self._num_written += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
