@@ -76,16 +76,19 @@ def _register() -> None:
         app.add_typer(import_module(module).app, name=name)
     for group in (app, *(each.typer_instance for each in app.registered_groups)):
         for command in group.registered_commands if group else ():
-            command.callback = _refusing_urls(command.callback) if command.callback else None
+            command.callback = _with_local_paths(command.callback) if command.callback else None
 
 
-def _refusing_urls(command: Callable[..., object]) -> Callable[..., object]:
-    """Return a command that refuses a URL where it takes a path, of which `s3://bucket` would be a folder `s3:`."""
+def _with_local_paths(command: Callable[..., object]) -> Callable[..., object]:
+    """Return a command that refuses a URL where it takes a path, of which `s3://bucket` would be a folder `s3:`, and
+    expands a `~`, which shells leave in `--out=~/folder`."""
 
     @functools.wraps(command)
     def checked(**values: object) -> object:
         for name, value in values.items():
-            if isinstance(value, Path) and ":/" in str(value):
+            if isinstance(value, Path) and value.parts[:1] == ("~",):
+                values[name] = value.expanduser()
+            elif isinstance(value, Path) and ":/" in str(value):
                 from regen_dist.config.urls import named_url
 
                 if url := named_url(value):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -86,6 +87,17 @@ def test_a_url_where_a_path_is_due(arguments: tuple[str, ...], tmp_path: Path) -
     assert done.returncode == 2
     assert f"{url.rstrip('/')} is a URL, and this takes a path on this machine" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_home_is_expanded_where_the_shell_leaves_it(tmp_path: Path) -> None:
+    """A folder called `~` was made."""
+    (tmp_path / "pictures").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "pictures" / "0.png")
+    arguments = ("shards", "frames", "pictures", "--fps", "24", "--out=~/videos")
+    done = run_here(regen(*arguments), cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path / "home")})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "home" / "videos" / "pictures.mkv").is_file()
+    assert not (tmp_path / "~").exists()
 
 
 def test_stdout_without_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
