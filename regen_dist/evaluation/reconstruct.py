@@ -84,8 +84,7 @@ def reconstruct(
     options.check(codec)
     if source.path.resolve() in ((out / name).resolve() for name in (RECONSTRUCTION, SIDE_BY_SIDE)):
         raise DataError(f"{source.path} would be replaced by its reconstruction; choose another --out")
-    check_written_sides(out / SIDE_BY_SIDE, source.height, 2 * source.width + _DIVIDER)
-    _make_folder(out)
+    _make_folder(out, source)
     cuts = source.cuts() if options.cuts else ()
     with ExitStack() as stack:
         rate = source.rate if options.fps is None else options.fps
@@ -155,7 +154,8 @@ def _side_by_side(left: Frame, right: Frame) -> Frame:
     return np.concatenate([left, divider, right], axis=1)
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path, source: SourceVideo) -> None:
+    check_written_sides(folder / SIDE_BY_SIDE, source.height, 2 * source.width + _DIVIDER)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
