@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
+from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from regen_dist import __version__
-from regen_dist.errors import errors_in_one_line
+from regen_dist.errors import ConfigError, errors_in_one_line
 from regen_dist.observe.terminal import shield_stderr
 from regen_dist.programs import flushing_stdout, print_any_text, start_safely
 
@@ -71,6 +74,31 @@ def _register() -> None:
         app.command(name)(getattr(import_module(f"tools.{module}"), function))
     for name, module in _GROUPS.items():
         app.add_typer(import_module(module).app, name=name)
+    for group in (app, *(each.typer_instance for each in app.registered_groups)):
+        for command in group.registered_commands if group else ():
+            command.callback = _with_local_paths(command.callback) if command.callback else None
+
+
+def _with_local_paths(command: Callable[..., object]) -> Callable[..., object]:
+    """Return a command that refuses a URL where it takes a path, of which `s3://bucket` would be a folder `s3:`, and
+    expands a `~`, which shells leave in `--out=~/folder`."""
+
+    @functools.wraps(command)
+    def checked(**values: object) -> object:
+        for name, value in values.items():
+            if isinstance(value, Path) and value.parts[:1] == ("~",):
+                values[name] = value.expanduser()
+            elif isinstance(value, Path) and ":/" in str(value):
+                from regen_dist.config.urls import named_url
+
+                if url := named_url(value):
+                    raise ConfigError(
+                        f"{name}: {url} is a URL, and this takes a path on this machine; download what is there "
+                        "first, or write to a local folder and copy that"
+                    )
+        return command(**values)
+
+    return checked
 
 
 _register()

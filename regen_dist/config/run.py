@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from regen_dist.config.urls import checked_url, expand_home, readable_url
+from regen_dist.config.urls import checked_folder, checked_url, expand_home, readable_url
 from regen_dist.errors import ConfigError
 
 SPATIAL_COMPRESSION = 8  # paper: one latent cell per 8x8 pixels
@@ -20,7 +20,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 SamplerName = Literal["euler", "heun", "dpmpp_2m"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-HomePath = Annotated[str, AfterValidator(expand_home)]  # a path or URL whose `~` is expanded once, here
+HomePath = Annotated[str, AfterValidator(checked_folder)]  # a local folder; its `~` is expanded once, here
 WritableUrl = Annotated[str, AfterValidator(checked_url), AfterValidator(expand_home)]
 ReadableUrl = Annotated[str, AfterValidator(readable_url)]
 

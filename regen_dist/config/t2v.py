@@ -19,7 +19,6 @@ from regen_dist.config.run import (
     SamplerName,
     Section,
 )
-from regen_dist.config.urls import parse_url
 
 LATENT_PATCH = 2  # latent cells a side of one token (paper: patch 2x2)
 SIDE_MULTIPLE = LATENT_PATCH * SPATIAL_COMPRESSION  # pixels a side of one token
@@ -141,13 +140,6 @@ class GenerationConfig(Section):
         default=4, description="Captions of the validation data that videos are generated from."
     )
     decode_steps: PositiveInt = Field(default=1, description="Sampling steps of the embedder's decoder.")
-
-    @field_validator("embedder")
-    @classmethod
-    def _embedder_is_local(cls, embedder: str | None) -> str | None:
-        if embedder is not None and parse_url(embedder).folder is None:
-            raise ValueError(f"embedder {embedder}: must be a local folder; copy the run or export there")
-        return embedder
 
 
 class T2VConfig(CommonConfig):

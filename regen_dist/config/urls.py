@@ -106,6 +106,20 @@ def expand_home(path: str) -> str:
     return expanded
 
 
+def checked_folder(path: str) -> str:
+    """Return the path of a local folder with its `~` expanded; raise ValueError for a URL (for the config's
+    validators)."""
+    if url := named_url(path):
+        raise ValueError(f"{url} is a URL, and it must be a local folder; copy what is there, or give a path")
+    return expand_home(path)
+
+
+def named_url(path: str | Path) -> str | None:
+    """Return the URL that is written where a path is due, or None. `pathlib` makes a folder `s3:` of `s3://`."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path))
+    return f"{found[1]}://{str(path)[found.end() :].lstrip('/')}" if found else None
+
+
 def readable_url(url: str) -> str:
     """Return `url` with its `~` expanded; raise ValueError if it cannot be read from (for the config's validators)."""
     parse_url(url)

@@ -50,6 +50,7 @@ from regen_dist.jsontext import json_text
 from regen_dist.observe.hardware import describe_machine, forget_peak, process_memory_bytes
 from regen_dist.pixels import to_float
 from regen_dist.shared_files import short_name
+from regen_dist.tables import counted
 
 MEDIA, MEASURED = "media", "measured"
 WORST_FRAMES = 3  # worst frames kept of each video and model, from different stretches of `_STRETCH` frames
@@ -331,7 +332,7 @@ class Evaluation:
             if kept["key"] == key:
                 with np.load(arrays, allow_pickle=False) as file:
                     return kept["facts"], {name: torch.from_numpy(file[name]) for name in file.files}
-        self.log(f"{model.name}: {video.name}, {video.num_frames} frames of {video.height}x{video.width}")
+        self.log(f"{model.name}: {video.name}, {counted(video.num_frames, 'frame')} of {video.height}x{video.width}")
         path.unlink(missing_ok=True)  # first, so that it never describes other files
         facts, features = measure_video(video, model, self.protocol, self.networks, self.out, with_vmaf=self.with_vmaf)
         data = io.BytesIO()

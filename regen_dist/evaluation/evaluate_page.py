@@ -16,7 +16,7 @@ from regen_dist.evaluation.evaluate import MEASURES, MEDIA, why_missing
 from regen_dist.evaluation.reconstruction_table import Measure
 from regen_dist.evaluation.report import PAGE, page_environment, replace_file
 from regen_dist.jsontext import json_text
-from regen_dist.tables import Table, numbers
+from regen_dist.tables import Table, counted, numbers
 
 JSON = "evaluation.json"
 _WORST_SHOWN = 24
@@ -71,7 +71,7 @@ def identity(facts: Mapping[str, Any]) -> list[str]:
     videos, frames = len(facts["videos"]), sum(video["frames"] for video in facts["videos"])
     lines = [
         f"- protocol {facts['protocol']['name']}: hash {facts['protocol_hash']}",
-        f"- source frames: hash {facts['source_hash']}, {frames} frames of {videos} videos",
+        f"- source frames: hash {facts['source_hash']}, {counted(frames, 'frame')} of {counted(videos, 'video')}",
     ]
     return lines + [f"- weights of {key}: {name}" for key, name in facts["weights"].items() if name]
 

@@ -19,7 +19,7 @@ from regen_dist.evaluation.metrics import Measurement, Options, Pair, Roundtrip,
 from regen_dist.evaluation.reconstruction_table import RECONSTRUCTION_MEASURES
 from regen_dist.evaluation.sheet import sheet_frames, write_sheet
 from regen_dist.inference.codec import Window, blended, window_weights
-from regen_dist.inference.frames import Frame, SourceVideo, VideoWriter
+from regen_dist.inference.frames import Frame, SourceVideo, VideoWriter, check_written_sides
 from regen_dist.inference.long_video import VideoCodec
 from regen_dist.jsontext import json_text
 from regen_dist.models.encoder import Latents
@@ -84,7 +84,7 @@ def reconstruct(
     options.check(codec)
     if source.path.resolve() in ((out / name).resolve() for name in (RECONSTRUCTION, SIDE_BY_SIDE)):
         raise DataError(f"{source.path} would be replaced by its reconstruction; choose another --out")
-    _make_folder(out)
+    _make_folder(out, source)
     cuts = source.cuts() if options.cuts else ()
     with ExitStack() as stack:
         rate = source.rate if options.fps is None else options.fps
@@ -154,7 +154,8 @@ def _side_by_side(left: Frame, right: Frame) -> Frame:
     return np.concatenate([left, divider, right], axis=1)
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path, source: SourceVideo) -> None:
+    check_written_sides(folder / SIDE_BY_SIDE, source.height, 2 * source.width + _DIVIDER)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -29,6 +29,7 @@ Seconds = npt.NDArray[np.float64]
 BT709 = 1  # the number of this matrix, these primaries and this transfer in the H.264 tables
 CLOCK = 90_000  # ticks a second of files in which each frame has its own time
 LARGEST_SIDE = 4320  # shorter side of 8K video
+LARGEST_WRITTEN_SIDE = 16_384  # x264 takes no more
 FALLBACK_RATE = Fraction(25)
 LONGEST_FRAME_S = 1001  # rates are written as a fraction of at most this denominator, as 30000/1001 is
 ROUNDING_S = 1e-3  # error of times in a file: Matroska and WebM round them to milliseconds
@@ -163,7 +164,7 @@ class VideoWriter:
         self._options = {"crf": str(crf), "preset": preset, "x264-params": "cpu-independent=1:chromaloc=1"}
         self._partial = temporary_beside(path)
         self._stream: VideoStream | None = None
-        self._num_written = 0
+        self._last_tick = -1
 
     def __enter__(self) -> VideoWriter:
         import av
@@ -192,10 +193,11 @@ class VideoWriter:
                 dst_colorspace=BT709_MATRIX,
                 dst_color_range=LIMITED_RANGE,
             )
-            picture.pts = self._num_written if seconds is None else round(seconds * CLOCK)
+            tick = self._last_tick + 1  # frames that are nearer to each other than a tick would have one time
+            self._last_tick = tick if seconds is None else max(tick, round(seconds * CLOCK))
+            picture.pts = self._last_tick
             picture.time_base = self._stream.codec_context.time_base
             self._container.mux(self._stream.encode(picture))
-        self._num_written += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -221,6 +223,7 @@ class VideoWriter:
             os.replace(self._partial, self.path)
 
     def _add_stream(self, frame: Frame, *, timed: bool) -> VideoStream:
+        check_written_sides(self.path, *frame.shape[:2])
         stream = self._container.add_stream("libx264", rate=self._rate, options=self._options)
         stream.height, stream.width = frame.shape[:2]
         stream.pix_fmt = "yuv420p"
@@ -239,6 +242,15 @@ class VideoWriter:
         except (av.FFmpegError, OSError) as error:
             why = error.strerror or error
             raise DataError(f"{self.path} cannot be written: {why}; {self._remedy}") from error
+
+
+def check_written_sides(path: Path, height: int, width: int) -> None:
+    """Raise DataError where frames have more pixels a side than a file takes."""
+    if max(height, width) > LARGEST_WRITTEN_SIDE:
+        raise DataError(
+            f"{path} would have frames of {height}x{width}; H.264 takes at most {LARGEST_WRITTEN_SIDE} pixels a side. "
+            "Make them smaller (--short-side)"
+        )
 
 
 def write_video(path: Path, frames: Iterable[Frame], rate: Fraction | float, *, crf: int = 16) -> None:

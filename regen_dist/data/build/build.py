@@ -265,7 +265,7 @@ def assemble(source: Path, target: Path, fps: float | None = None) -> int:
         raise DataError(f"{source}: its frames a second are not known; give --fps")
     temporary, stream, count = target.with_name(f".{target.name}.tmp"), None, 0
     try:
-        with av.open(str(temporary), "w", format="matroska") as container:
+        with av.open(f"file:{temporary}", "w", format="matroska") as container:
             for frame in _raw_frames(source) if raw else _pictures(source):
                 if stream is None:
                     stream = container.add_stream("ffv1", rate=rate)

@@ -24,6 +24,7 @@ from regen_dist.data.build.segments import (
     SurveyedSource,
     candidates,
     content_of,
+    content_to_compare,
     cut_segments,
     fetch_again,
     survey_source,
@@ -345,7 +346,7 @@ class Planner:
             return begun
         for number, origin in enumerate(begun.origins):
             if self._originals.before(part.first + number):
-                begun.hashing[number] = self._pool.submit(content_of, origin, True)
+                begun.hashing[number] = self._pool.submit(content_to_compare, origin)
             else:
                 begun.surveys[number] = self._pool.submit(survey_source, origin, self._threshold)
         return begun

@@ -21,6 +21,7 @@ from regen_dist.data.storage.store import Store
 from regen_dist.data.video.conversion import LeftOut
 from regen_dist.data.video.reader import VideoInfo, VideoReader
 from regen_dist.data.video.scenes import CUT, FROZEN, Analysis, Float32s, analyse, is_frozen, missed_cut, motion, shots
+from regen_dist.data.video.timing import FrameTable
 from regen_dist.data.video.transcode import (
     PRESET,
     X264_PARAMS,
@@ -335,6 +336,15 @@ def content_of(origin: Origin, keep: bool) -> str:
     except DataError as error:
         stop_for_the_store(error)
         return ""
+
+
+def content_to_compare(origin: Origin) -> str:
+    """Content hash of a source that may be a copy of another, fetched for good. Empty where it cannot be opened as a
+    video: of many error pages that were saved as videos, each is unreadable, and none a duplicate."""
+    content = content_of(origin, keep=True)
+    with suppress(DataError, OSError), VideoReader(origin.path, FrameTable((), ())):
+        return content
+    return ""
 
 
 def _caption(origin: Origin) -> str | None:

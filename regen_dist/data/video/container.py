@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from regen_dist.errors import DataError
+from regen_dist.tables import counted
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -36,7 +37,7 @@ def choose_video(container: InputContainer) -> VideoStream:
     pictures = Disposition.attached_pic | Disposition.timed_thumbnails
     videos = [stream for stream in streams if not stream.disposition & pictures]
     if not videos:
-        what = f", only {len(streams)} attached pictures (cover art)" if streams else ""
+        what = f", only {counted(len(streams), 'attached picture')} (cover art)" if streams else ""
         raise DataError(f"it has no video stream{what}; leave the file out")
     decodable = [stream for stream in videos if stream.codec_context is not None]  # so PyAV says it, against its types
     if not decodable:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import struct
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from regen_dist.data.video.colour import HDR, WIDE, Primaries, Transfer, cube
-from regen_dist.errors import DataError
+from regen_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -246,12 +247,10 @@ class _Filters:
         size = f"video_size={properties.width}x{properties.height}:pix_fmt={properties.format}"
         colours = f"colorspace={frame.colorspace}:range={frame.color_range}"
         node = self._graph.add("buffer", f"{size}:time_base={base}:pixel_aspect=1/1:{colours}")
-        with tempfile.NamedTemporaryFile("w", suffix=".cube") as table:
+        with ExitStack() as stack:
             for name, options in steps:
                 if name == "lut3d":
-                    table.write(cube(properties.transfer, properties.primaries))
-                    table.flush()
-                    options = f"file='{table.name}':{options}"
+                    options = f"file='{stack.enter_context(_table_file(properties))}':{options}"
                 node = self._linked(node, self._graph.add(name, options))
             self._linked(node, self._graph.add("buffersink"))
             self._graph.configure()
@@ -281,6 +280,22 @@ class _Filters:
             while True:
                 ready.append(self._graph.vpull())
         return ready
+
+
+@contextmanager
+def _table_file(properties: FrameProperties) -> Iterator[str]:
+    """Name of a file with the table of colours. ConfigError where there is no room: no fault of the video, which a
+    build would leave out."""
+    with ExitStack() as stack:
+        try:
+            name = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".cube")).name
+            Path(name).write_text(cube(properties.transfer, properties.primaries), encoding="ascii")
+        except OSError as error:
+            raise ConfigError(
+                f"the table that converts colours of HDR cannot be written: {error}; make room for temporary files, "
+                "or set TMPDIR to a folder with room"
+            ) from error
+        yield name
 
 
 def _tagged(done: VideoFrame, source: VideoFrame, properties: FrameProperties) -> VideoFrame:

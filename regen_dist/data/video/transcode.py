@@ -105,6 +105,8 @@ def probe_video(path: Path) -> Probed:
     content = ""
     try:
         content = content_hash(path)
+        if not path.stat().st_size:
+            return Probed(content, problem="it is empty (0 bytes); copy the file again, or leave it out")
         with VideoReader(path) as reader:
             return Probed(content, reader.info(), notes=reader.notes)
     except (DataError, OSError) as error:

@@ -21,6 +21,7 @@ MINIMAL: dict[str, Any] = {"name": "x", "data": {"url": "cache"}, "train": {"ste
         ({"model": {"attention": {"pattern": "window"}}}, "set it to full"),
         ({"data": {"url": "cache", "clips": [2, 2]}}, "none twice"),
         ({"generation": {"embedder": "s3://bucket/model"}}, "must be a local folder"),
+        ({"output": "s3://bucket/runs"}, "s3://bucket/runs is a URL, and it must be a local folder"),
     ],
 )
 def test_refusals(changes: dict[str, Any], message: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from regen_dist.errors import ConfigError, DataError
+from regen_dist.evaluation.evaluate_page import identity
 from regen_dist.evaluation.evaluated_models import load_models
 from regen_dist.evaluation.protocol import ListedVideo, PinnedVideo, Protocol, find_videos, load_protocol
 from regen_dist.inference.frames import SourceVideo, write_video
@@ -24,6 +25,11 @@ def folder(tmp_path: Path) -> Path:
     for seed, name in enumerate(("b.mp4", "a.mp4", "deep/c_1920x1080_30.mp4")):
         write_video(tmp_path / "videos" / name, moving_square(12, 48, 64, seed), 10)
     return tmp_path / "videos"
+
+
+def test_one_video_of_one_frame_is_not_plural() -> None:
+    facts = {"videos": [{"frames": 1}], "protocol": {"name": "a"}, "protocol_hash": "b", "source_hash": "c"}
+    assert identity(facts | {"weights": {}})[1] == "- source frames: hash c, 1 frame of 1 video"
 
 
 def test_every_value_of_the_protocol_changes_its_hash_but_the_name() -> None:

@@ -143,6 +143,14 @@ def test_the_smallest_frames_that_have_a_vmaf(tmp_path: Path) -> None:
     assert report["vmaf"] is not None
 
 
+def test_frames_too_wide_for_the_side_by_side_video(tmp_path: Path) -> None:
+    """Found before the first clip is encoded; the encoder's error named the disk."""
+    wide = make_video(tmp_path / "wide.mp4", 2, 2, 8192)
+    with pytest.raises(DataError, match=r"side_by_side\.mp4 would have frames of 2x16388; .*at most 16384 pixels"):
+        run(wide, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_resized_source(video: Path, tmp_path: Path) -> None:
     source = SourceVideo(video, short_side=24, max_frames=10)
     codec = TrivialCodec("mean", 9)

@@ -25,7 +25,7 @@ SHORT = """
     regen_dist/config/version.py regen_dist/evaluation/reconstruction_table.py
     regen_dist/inference/hub/replacements.py regen_dist/jsontext.py
     regen_dist/pixels.py regen_dist/programs.py
-    launcher/pipelines/cli.py launcher/preflight/report.py tools/cli.py
+    launcher/pipelines/cli.py launcher/preflight/report.py
     tools/evaluate.py tools/preencode.py tools/text.py tools/train.py
 """
 LONG = """

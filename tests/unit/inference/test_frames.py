@@ -64,6 +64,14 @@ def test_variable_rate(tmp_path: Path) -> None:
     np.testing.assert_allclose(source.timestamps, seconds, atol=1e-4)
 
 
+def test_frames_that_are_microseconds_apart(tmp_path: Path) -> None:
+    """Recorders of screens count in microseconds, and may give two frames at almost the same time."""
+    seconds = [0.0, 0.033333, 0.033336, 0.033337, 0.066666]
+    source = SourceVideo(write(tmp_path / "a.mp4", gradient(5, 16, 16), 10, seconds))
+    np.testing.assert_allclose(source.timestamps, seconds, atol=1e-4)
+    assert len(list(source.frames())) == 5
+
+
 def test_slides_that_stay_for_hours_have_a_rate(tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "a.mp4", 25) as writer:
         for number, frame in enumerate(gradient(3, 16, 16)):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -68,6 +69,35 @@ def test_an_error_of_the_user_is_one_message_and_its_exit_code() -> None:
     assert done.stderr.startswith("error: configs/embedder/nano.yaml: 1 problem\n  command line: train.stepz: ")
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("reconstruct", "s3://bucket/a.mp4", "--out", "made"),
+        ("reconstruct", "a.mp4", "--out", "s3://bucket/made"),
+        ("shards", "frames", "https://server/a/", "--out", "made"),
+        ("checkpoint", "export", "run", "--out", "gs://bucket/made"),
+    ],
+)
+def test_a_url_where_a_path_is_due(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """Results were written to a local folder called `s3:`."""
+    done = run_here(regen(*arguments), cwd=tmp_path)
+    (url,) = (word for word in arguments if "://" in word)
+    assert done.returncode == 2
+    assert f"{url.rstrip('/')} is a URL, and this takes a path on this machine" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_home_is_expanded_where_the_shell_leaves_it(tmp_path: Path) -> None:
+    """A folder called `~` was made."""
+    (tmp_path / "pictures").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "pictures" / "0.png")
+    arguments = ("shards", "frames", "pictures", "--fps", "24", "--out=~/videos")
+    done = run_here(regen(*arguments), cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path / "home")})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "home" / "videos" / "pictures.mkv").is_file()
+    assert not (tmp_path / "~").exists()
 
 
 def test_stdout_without_utf8(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,23 @@ def test_what_is_left_out_is_listed_with_the_reason(tmp_path: Path) -> None:
     assert not [name for name, data in objects(tmp_path / "out").items() if str(tmp_path).encode() in data]
 
 
+def test_equal_files_that_are_no_video_are_all_unreadable(tmp_path: Path) -> None:
+    """Error pages that were saved as videos: of a hundred, one was unreadable, which --max-bad-share allows, and the
+    others were duplicates of it."""
+    folder = tmp_path / "sources"
+    write_video(folder / "good.mp4", moving_square(36))
+    for number in range(20):
+        (folder / f"{number}.mp4").write_bytes(b"<html>404 Not Found</html>" * (number < 18))
+    lax = manifest_of(build_shards([folder], tmp_path / "lax", OPTIONS, workers=0, max_bad_share=1.0))
+    reasons = {skip.source: skip.reason for skip in lax.skipped}
+    assert all(reasons[f"{number}.mp4"].startswith("unreadable: it cannot be opened") for number in range(18))
+    assert {reasons["18.mp4"], reasons["19.mp4"]} == {
+        "unreadable: it is empty (0 bytes); copy the file again, or leave it out"
+    }
+    with pytest.raises(DataError, match="20 of 21 sources in part-00000 cannot be read"):
+        build_shards([folder], tmp_path / "strict", OPTIONS, workers=0)
+
+
 def test_a_file_cut_behind_its_header_is_noticed(tmp_path: Path) -> None:
     plain, front = write_video(tmp_path / "plain.mp4", moving_square(120), crf=10), tmp_path / "in" / "front.mp4"
     front.parent.mkdir()

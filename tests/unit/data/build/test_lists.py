@@ -244,6 +244,16 @@ def test_pictures_of_any_kind_in_the_order_of_their_numbers(tmp_path: Path) -> N
     assert read == [20 * number for number in range(1, 13)]
 
 
+def test_a_folder_whose_name_has_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFmpeg takes what stands before it for a protocol."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("take", "12:30"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save("take/0.png")
+    assert assemble(Path("take"), Path("12:30/take.mkv"), 24) == 1
+    assert [path.name for path in Path("12:30").iterdir()] == ["take.mkv"]
+
+
 def test_mcl_jcv(tmp_path: Path) -> None:
     raw = np.random.default_rng(0).integers(0, 256, (5, 32 * 3 // 2, 48), np.uint8)
     source = tmp_path / "videoSRC01_48x32_30.yuv"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from PIL import Image
 from regen_dist.data.video.colour import hlg_light, pq_light, pq_signal, to_bt709, to_standard, tone_curve
 from regen_dist.data.video.conversion import Converter, frame_to_rgb
 from regen_dist.data.video.reader import VideoReader
-from regen_dist.data.video.transcode import EncodeOptions, Segment, encode_segments
-from regen_dist.errors import DataError
+from regen_dist.data.video.transcode import EncodeOptions, Segment, encode_segments, probe_video
+from regen_dist.errors import ConfigError, DataError
 from regen_dist.inference.frames import SourceVideo
 from tests.helpers.video import H264, PATTERN, UInt8s, ffmpeg, shown_frames
 
@@ -137,6 +138,18 @@ def test_a_grey_of_hdr_is_the_grey_of_sdr(tmp_path: Path, transfer: str, grey: i
     assert read_all(data).mean() == pytest.approx(grey, abs=8)
     with VideoReader(data) as reader:
         assert [reader.info().frames, *reader.notes] == [12]
+
+
+def test_a_full_folder_of_temporary_files_is_no_fault_of_the_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build left out every HDR video as unreadable."""
+    path = hdr_grey(tmp_path / "a.mp4", 110, PQ)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"No such file or directory.* set TMPDIR to a folder with room"):
+        read_all(path)
+    with pytest.raises(ConfigError, match="set TMPDIR"):
+        probe_video(path)
 
 
 def test_wide_primaries_of_standard_range_become_bt709(tmp_path: Path) -> None:

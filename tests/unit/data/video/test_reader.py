@@ -316,7 +316,7 @@ def test_a_file_of_cover_art_alone_says_so(tmp_path: Path) -> None:
     sound = ("-f", "lavfi", "-i", "sine=duration=1")
     maps = ("-map", "0:a", "-map", "1:v", "-disposition:v:0", "attached_pic")
     ffmpeg(*sound, "-i", cover, *maps, "-c:v", "png", path)
-    with pytest.raises(DataError, match="cover art"):
+    with pytest.raises(DataError, match=r"only 1 attached picture \(cover art\)"):
         VideoReader(path)
 
 
