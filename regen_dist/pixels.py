@@ -70,6 +70,6 @@ def ssim_terms(x: Tensor, y: Tensor, data_range: float = 255.0) -> tuple[Tensor,
 
 def clip_ssim(source: Tensor, made: Tensor) -> Tensor:
     """Return each clip's mean SSIM over frames and colours, [B], of clips [B, 3, T, H, W] in [-1, 1]."""
-    planes = ((video.float().reshape(-1, 1, *video.shape[3:]) + 1) / 2 for video in (source, made))
-    luminance, contrast = ssim_terms(*planes, data_range=1.0)
+    x, y = ((video.float().reshape(-1, 1, *video.shape[3:]) + 1) / 2 for video in (source, made))
+    luminance, contrast = ssim_terms(x, y, data_range=1.0)
     return (luminance * contrast).reshape(len(source), -1).mean(1)

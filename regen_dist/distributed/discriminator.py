@@ -16,7 +16,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from regen_dist.config.embedder import AdversarialConfig, EmbedderConfig
+from regen_dist.config.embedder import EmbedderConfig
+from regen_dist.config.losses import AdversarialConfig
 from regen_dist.config.run import CommonConfig, OptimizerConfig
 from regen_dist.distributed.optimizer import MOMENTS, build_optimizer, fresh_state, set_num_updates
 from regen_dist.distributed.ranks import Ranks, chunk

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from regen_dist.config.embedder import AdversarialConfig, LossesConfig
+from regen_dist.config.losses import AdversarialConfig, LossesConfig
 from regen_dist.config.run import EngineConfig
 from regen_dist.models.flops import FlopReport, count_pass
 from regen_dist.models.perceptual import PatchDiscriminator, load_perceptual

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from regen_dist.config.embedder import AdversarialConfig
+from regen_dist.config.losses import AdversarialConfig
 from regen_dist.errors import ConfigError
 
 # What LPIPS takes from pixels in [-1, 1]: ImageNet's mean and standard deviation, in that scale.

@@ -17,7 +17,7 @@ from regen_dist.checks.findings import Target
 from regen_dist.checks.kernels import losses
 from regen_dist.checks.run import CHECKS
 from regen_dist.config import config_hash, load_saved_config, save_config
-from regen_dist.config.embedder import SSIM_WINDOW
+from regen_dist.config.losses import SSIM_WINDOW
 from regen_dist.data.loading.clip_loader import ClipBatch
 from regen_dist.distributed.discriminator import DiscriminatorTrainer, build_discriminator_trainer
 from regen_dist.distributed.engine import PlainEngine
