@@ -11,6 +11,7 @@ Legend: B clips, M cells, k temporal compression, P = 8 pixels a side of a cell,
 from __future__ import annotations
 
 from contextlib import closing
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -128,13 +129,15 @@ MOST_CELLS, CELLS_PER_CLIP, MOST_CLIPS = 8192, 128, 512  # few of each clip, so 
 def first_cells(data: TrainingSet) -> Tensor:
     """Cells of the first clips of the order, [M, k+1, 3*P*P] in [-1, 1]; images are passed over.
 
+    Clips are read one by one: this process alone would need the memory of all ranks for a global batch.
+
     Raises:
         DataError: a sample and all its possible replacement samples are bad, or the store does not answer.
     """
-    taken, cells, clips = list[Tensor](), 0, 0
-    with closing(clip_batches(data, accumulation=1, rank=0, world_size=1, cursor=0)) as batches:
+    taken, cells, clips, size = list[Tensor](), 0, 0, data.order.batch_global
+    with closing(clip_batches(data, accumulation=size, rank=0, world_size=1, cursor=_first_clips(data))) as batches:
         for batch in batches:
-            clips += len(batch.video)
+            clips += 1
             if batch.video.shape[2] > 1:
                 taken.append(_some_cells(batch.video))
                 cells += len(taken[-1])
@@ -143,8 +146,16 @@ def first_cells(data: TrainingSet) -> Tensor:
     return torch.cat(taken) if taken else torch.empty(0)
 
 
+def _first_clips(data: TrainingSet) -> int:
+    """Return the cursor of the first global batch that is not of images; 0 where all are."""
+    if all(bucket.is_image for bucket in data.buckets):
+        return 0
+    batches = (data.order.micro_batch(step, 0, data.order.batch_global, 0, 1) for step in count())
+    return next(batch.step for batch in batches if not batch.bucket.is_image) * data.order.batch_global
+
+
 def _some_cells(video: Tensor) -> Tensor:
     """Take evenly spread cells of each of the uint8 clips [B, 3, k+1, H, W]."""
     cells = frames_to_cells(to_float(video))
     every = max(1, len(cells) // (len(video) * CELLS_PER_CLIP))
-    return cells[::every]
+    return cells[::every].clone()  # a view would keep all of them

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from regen_dist.data.loading.clip_loader import ClipBatch, clip_batches
+from regen_dist.data.loading.datasets import TrainingSet
 from regen_dist.data.synthetic.shapes import SyntheticOptions
 from regen_dist.errors import DataError
 from regen_dist.models.embedder import Baseline, Regen, build_model
-from regen_dist.training.linear_start import fit_linear_code, frames_to_cells
-from tests.helpers.datasets import render_scene
+from regen_dist.training import linear_start
+from regen_dist.training.linear_start import first_cells, fit_linear_code, frames_to_cells
+from tests.helpers.datasets import draw_shapes, render_scene, single
 from tests.helpers.tiny import tiny_model
 
 K = 8
@@ -86,3 +91,37 @@ def test_without_a_decoder_of_its_own_the_encoder_alone_is_fitted(shapes: Tensor
 def test_too_few_cells_are_refused(shapes: Tensor) -> None:
     with pytest.raises(DataError, match=r"16 cells .* too few .*linear_start=dct"):
         _fitted(shapes[:1])
+
+
+def _training_set(tmp_path: Path, batch_global: int) -> TrainingSet:
+    """Squares of which the first global batch is of images."""
+    config = single(draw_shapes(tmp_path / "shapes"))
+    for seed in range(50):
+        data = TrainingSet(config, num_frames=K + 1, batch_global=batch_global, seed=seed)
+        if data.order.global_batch(0).bucket.is_image:
+            return data
+    raise AssertionError("no seed of 50 begins with images")
+
+
+def test_a_global_batch_of_hundreds_of_ranks_is_not_read_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process fits the code: of a batch for all ranks it decodes no more clips than it looks at."""
+    decoded: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Iterator[ClipBatch]:
+        for batch in clip_batches(*args, **kwargs):
+            decoded.append(len(batch.video))
+            yield batch
+
+    monkeypatch.setattr(linear_start, "clip_batches", counted)
+    monkeypatch.setattr(linear_start, "MOST_CELLS", 60)
+    cells = first_cells(_training_set(tmp_path, 64))
+    assert cells.shape == (60, K + 1, 192)  # 20 of each of the first three clips
+    assert sum(decoded) == 3
+
+
+def test_images_before_the_first_clips_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a global batch of them is more than is read in all."""
+    monkeypatch.setattr(linear_start, "MOST_CLIPS", 8)
+    assert len(first_cells(_training_set(tmp_path, 16))) == 8 * 20
