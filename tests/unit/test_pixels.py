@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as functional
+from torch import Tensor
 
-from regen_dist.pixels import to_float, to_frames, to_uint8, to_video, to_videos
+from regen_dist.pixels import clip_ssim, ssim_terms, to_float, to_frames, to_uint8, to_video, to_videos
 from tests.unit.house.test_contracts import ROOT, _nodes, _sources
 
 MODULE = ROOT / "regen_dist" / "pixels.py"
@@ -49,3 +51,20 @@ def test_frames_and_videos_are_each_others_inverse() -> None:
     assert float(video[2, 3, 1, 5]) == pytest.approx(frames[3, 1, 5, 2] / 127.5 - 1, abs=1e-6)
     np.testing.assert_array_equal(to_frames(video), frames)
     assert torch.equal(to_videos([frames, frames[::-1]])[1], to_video(list(frames[::-1])))
+
+
+def test_ssim_of_smooth_frames_is_exact_where_convolutions_round_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GPUs may: its variances are differences of nearly equal numbers."""
+    rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    source = (0.4 + 0.2 * torch.sin(columns / 40) * torch.cos(rows / 50)).expand(1, 3, 1, 64, 64)
+    made = source + 0.02 * torch.randn(source.shape, generator=torch.Generator().manual_seed(0))
+    luminance, contrast = ssim_terms(
+        *((video.double().flatten(0, 2)[:, None] + 1) / 2 for video in (source, made)), 1.0
+    )
+    exact = functional.conv2d
+
+    def tf32(values: Tensor) -> Tensor:
+        return ((values.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)  # 10 bits of the fraction stay
+
+    monkeypatch.setattr(functional, "conv2d", lambda image, kernel: exact(tf32(image), tf32(kernel)))
+    assert float(clip_ssim(source, made)) == pytest.approx(float((luminance * contrast).mean()), abs=1e-4)
