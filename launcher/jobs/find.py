@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from launcher import local_executor, slurm
 from launcher.attempts import Attempt, End, attempts_since, read_history
 from launcher.job import JOB_FILE, LAUNCH, JobTask, Submission, read_job
-from regen_dist.errors import BackendError, CheckpointError, ConfigError, RegenError
+from regen_dist.errors import BackendError, CheckpointError, ConfigError, DataError, RegenError
 
 TASKS = "tasks"
 DEPTH = 3  # runs/NAME, runs/PIPELINE/STEP, runs/ARRAY/tasks/00000
@@ -281,10 +281,13 @@ def job_state(member: Member, queue: Queue, *, complete: bool = False) -> JobSta
         complete: its checkpoints show that the last step is done.
     """
     history = attempts_since(read_history(member.task.launch), member.job.submitted)
-    return derive_state(history, queue.state_of(member), stop=member.task.stop_file.exists(), complete=complete)
+    stop, trains = member.task.stop_file.exists(), member.task.progress is not None
+    return derive_state(history, queue.state_of(member), stop=stop, complete=complete, trains=trains)
 
 
-def derive_state(history: Sequence[Attempt], queue_state: QueueState | None, *, stop: bool, complete: bool) -> JobState:
+def derive_state(
+    history: Sequence[Attempt], queue_state: QueueState | None, *, stop: bool, complete: bool, trains: bool = True
+) -> JobState:
     """Derive the state of a task.
 
     Args:
@@ -292,10 +295,11 @@ def derive_state(history: Sequence[Attempt], queue_state: QueueState | None, *, 
         queue_state: state from the scheduler; None: unknown, so that only the history counts.
         stop: its folder has a file STOP.
         complete: nothing is left to do.
+        trains: it is a training; other commands may end with any code once told to stop.
     """
     end = history[-1].end if history else None
     if end and not end.again:
-        return _state_of_ended(end)
+        return _state_of_ended(end, trains=trains)
     if queue_state is None:
         return _state_by_history(history, end, stop=stop, complete=complete)
     if queue_state.waits:
@@ -312,12 +316,12 @@ def derive_state(history: Sequence[Attempt], queue_state: QueueState | None, *, 
     return _state_of_gone(history, end, queue_state.state, stop=stop, complete=complete)
 
 
-def _state_of_ended(end: End) -> JobState:
+def _state_of_ended(end: End, *, trains: bool) -> JobState:
     if end.why == "done":
         return JobState("done")
     if end.why != "stopped":
         return JobState("failed", end.text)
-    if end.code == CheckpointError.exit_code:  # other commands than trainings may end with any code once told to stop
+    if trains and end.code in (CheckpointError.exit_code, DataError.exit_code):  # DataError: its store did not answer
         return JobState("failed", "asked to stop, it could not save: see its log")
     return JobState("stopped")
 

@@ -28,7 +28,7 @@ from regen_dist.checkpoint.retention import to_delete
 from regen_dist.checkpoint.shards import nonfinite, shard_name
 from regen_dist.config.run import CheckpointConfig
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.errors import CheckpointError, RegenError
+from regen_dist.errors import CheckpointError, RegenError, StoreUnavailable
 from regen_dist.observe.terminal import warn
 
 Hook = Callable[[str], None]
@@ -43,6 +43,7 @@ class Outcome(NamedTuple):
         seconds: time from the start of the copy to the result.
         blocked_s: time that training was blocked: by the copy, and by waiting for the save.
         size_bytes: size of all shards.
+        is_outage: true if the store gave no answer, which another try may get.
     """
 
     step: int
@@ -50,6 +51,7 @@ class Outcome(NamedTuple):
     seconds: float
     blocked_s: float
     size_bytes: int
+    is_outage: bool = False
 
 
 class Saver:
@@ -132,15 +134,17 @@ class Saver:
 
     def _write(self, manifest: CheckpointManifest) -> None:
         files: dict[str, FileFacts] = {}
+        is_outage = False
         try:
             files = self._write_shards(manifest.step)
             self._ranks.on_main(lambda: self._commit(manifest.with_files(files)))
             problem = ""
         except Exception as error:  # noqa: BLE001 - reported to the loop as the outcome
             problem = str(error) if isinstance(error, RegenError) else f"{type(error).__name__}: {error}"
+            is_outage = isinstance(error, StoreUnavailable)
         seconds = time.perf_counter() - self._began
         size_bytes = sum(facts["bytes"] for facts in files.values())
-        self._outcome = Outcome(manifest.step, problem, seconds, 0.0, size_bytes)
+        self._outcome = Outcome(manifest.step, problem, seconds, 0.0, size_bytes, is_outage)
 
     def _write_shards(self, step: int) -> dict[str, FileFacts]:
         """Write every rank's file and return the facts of all; raise on all ranks if one could not write its own."""
@@ -149,18 +153,19 @@ class Saver:
         self._phase("shard")
         name = shard_name(self._ranks.rank, self._ranks.world_size)
         facts: FileFacts | None = None
-        problem = ""
+        problem, is_outage = "", False
         try:
             self._refuse_broken()
             facts = self.folder.write_shard(step, name, self._host)
         except Exception as error:  # noqa: BLE001 - passed to the vote: no rank may leave before the others know
-            problem = f"rank {self._ranks.rank}: {error}"
+            problem, is_outage = f"rank {self._ranks.rank}: {error}", isinstance(error, StoreUnavailable)
         self._phase("vote")
-        results = self._ranks.gather((name, facts, problem))
-        if problems := [problem for _, _, problem in results if problem]:
+        results = self._ranks.gather((name, facts, problem, is_outage))
+        if failed := [each for each in results if each[2]]:
             self._ranks.on_main(self.folder.clear_debris)  # frees space for the next attempt
-            raise CheckpointError("; ".join(problems))
-        return {name: facts for name, facts, _ in results}
+            kind = StoreUnavailable if all(outage for *_, outage in failed) else CheckpointError
+            raise kind("; ".join(problem for _, _, problem, _ in failed))
+        return {name: facts for name, facts, *_ in results}
 
     def _refuse_broken(self) -> None:
         """Raise CheckpointError if a value is not finite: an unusable checkpoint must not replace a good one."""

@@ -17,7 +17,7 @@ from regen_dist.config.version import code_version
 from regen_dist.data.storage.connection import limits_of
 from regen_dist.distributed.engine import Engine
 from regen_dist.distributed.ranks import Ranks
-from regen_dist.errors import CheckpointError, NoGoodCheckpoint, RegenError
+from regen_dist.errors import CheckpointError, NoGoodCheckpoint, RegenError, StoreUnavailable
 from regen_dist.observe.terminal import warn
 from regen_dist.training.guards import Guards
 
@@ -156,7 +156,8 @@ class RunCheckpoints:
             wait: true to wait for the commit; else a thread writes while training goes on.
 
         Raises:
-            CheckpointError: this save failed and was waited for, or the one before failed and the policy is to stop.
+            CheckpointError, StoreUnavailable: this save failed and was waited for, or the one before failed and the
+                policy is to stop.
         """
         self.settle()
         if progress.step == self.newest:
@@ -175,8 +176,8 @@ class RunCheckpoints:
         """Wait for the save in flight, if there is one.
 
         Raises:
-            CheckpointError: it failed, and `must_succeed` or checkpoint.on_failure=stop; older checkpoints are
-                untouched.
+            CheckpointError, StoreUnavailable: it failed, or the store gave no answer, and `must_succeed` or
+                checkpoint.on_failure=stop; older checkpoints are untouched.
         """
         outcome = self._saver.settle()
         if outcome is None:
@@ -188,7 +189,8 @@ class RunCheckpoints:
             return
         text = f"the checkpoint of step {outcome.step} was not saved: {outcome.problem}"
         if must_succeed or self._config.checkpoint.on_failure == "stop":
-            raise CheckpointError(
+            kind = StoreUnavailable if outcome.is_outage else CheckpointError  # a launcher tries again after an outage
+            raise kind(
                 f"{text}. The older checkpoints in {self.folder.url} are untouched"
                 "; run the same command again when the cause is fixed"
             )

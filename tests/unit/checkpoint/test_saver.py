@@ -102,7 +102,9 @@ def test_a_failure_is_an_outcome_and_leaves_nothing(tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointFolder, "write_shard", fail)
         saver.save(_manifest(2), {"master/weight": torch.ones(6)})
-        assert "rank 0: [Errno 28] No space left on device" in _settled(saver).problem
+        outcome = _settled(saver)
+        assert "rank 0: [Errno 28] No space left on device" in outcome.problem
+        assert not outcome.is_outage
     assert (saver.folder.steps(), saver.folder.pointer(), saver.folder.debris()) == ([1], 1, {})
     saver.save(_manifest(3), {"master/weight": torch.ones(6)})
     assert not _settled(saver).problem
@@ -119,7 +121,8 @@ def test_a_commit_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointFolder, "commit", fail)
         saver.save(_manifest(2), {"master/weight": torch.ones(6)})
-        assert _settled(saver).problem == "the store is away"
+        outcome = _settled(saver)
+        assert (outcome.problem, outcome.is_outage) == ("the store is away", True)
     assert (saver.folder.steps(), saver.folder.pointer(), saver.folder.debris()) == ([], None, {})
 
 

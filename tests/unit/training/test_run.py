@@ -18,11 +18,19 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from launcher.retry import PERMANENT
 from regen_dist.checkpoint.folder import CheckpointFolder
 from regen_dist.config import load_config, load_saved_config
 from regen_dist.config.embedder import EmbedderConfig
 from regen_dist.config.identity import read_or_create_run_id, read_run_id
-from regen_dist.errors import EXIT_RESUME, CheckpointError, ConfigError, DataError, NoGoodCheckpoint
+from regen_dist.errors import (
+    EXIT_RESUME,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NoGoodCheckpoint,
+    StoreUnavailable,
+)
 from regen_dist.observe.record import read_record
 from regen_dist.training.embedder import EmbedderTask
 from regen_dist.training.run import replace_config, train
@@ -196,6 +204,24 @@ def test_a_run_that_is_asked_to_stop_does_not_validate_first(tmp_path: Path, dat
     lines = read_record(config.folder / "metrics.jsonl", "validation")
     assert [(line["step"], line["seconds"] > 0) for line in lines] == [(1, True), (2, True)]
     assert CheckpointFolder(str(config.checkpoints)).manifest(1).metrics["psnr_db"] == lines[0]["psnr_db"]
+
+
+def test_a_store_that_is_away_at_the_last_save_is_no_error_of_the_checkpoint(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher starts the run again, which it does not after an error that would come again, such as a full disk."""
+    config, inbox = tiny_run(tmp_path, data, train__steps=2), SignalInbox()
+    inbox.first = "SIGUSR2"
+
+    def no_answer(*_: Any) -> None:
+        raise StoreUnavailable("the store is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointFolder, "write_shard", no_answer)
+        with pytest.raises(StoreUnavailable, match=r"step 1 was not saved: rank 0: the store is away") as caught:
+            train(config, earlier=inbox)
+    assert caught.value.exit_code not in PERMANENT
+    assert train(config) == 0
 
 
 def test_a_start_from_a_validated_step_does_not_validate_it_again(tmp_path: Path, data: Path) -> None:

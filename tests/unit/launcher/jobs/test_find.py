@@ -53,6 +53,10 @@ GONE, CANCELLED, FAILED = QueueState(), QueueState("CANCELLED"), QueueState("FAI
             [over("stopped", code=4)], GONE,
             JobState("failed", "asked to stop, it could not save: see its log"), id="could not save",
         ),
+        pytest.param(
+            [over("stopped", code=3)], GONE,
+            JobState("failed", "asked to stop, it could not save: see its log"), id="its store did not answer",
+        ),
         pytest.param([over("failed")], FAILED, JobState("failed", "the reason"), id="failed"),
         pytest.param([over("preempted")], GONE, JobState("failed", "the reason"), id="gets nowhere"),
         pytest.param(
@@ -70,6 +74,11 @@ GONE, CANCELLED, FAILED = QueueState(), QueueState("CANCELLED"), QueueState("FAI
 def test_states(history: list[Attempt], told: QueueState, expected: JobState, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.jobs.find.time.time", lambda: NOW)
     assert derive_state(history, told, stop=False, complete=False) == expected
+
+
+@pytest.mark.parametrize("code", [3, 4])
+def test_a_command_that_is_stopped_may_end_with_any_code(code: int) -> None:
+    assert derive_state([over("stopped", code=code)], GONE, stop=False, complete=False, trains=False).state == "stopped"
 
 
 def test_a_job_that_ends_before_it_begins_has_failed() -> None:
