@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from regen_dist.data.storage.connection import checked_name
@@ -52,9 +52,9 @@ class LocalFolder:
         a folder above, which would go round for ever."""
         top = self.folder / prefix.rpartition("/")[0]
         found: dict[str, ObjectInfo] = {}
-        if not top.is_dir():
-            return Listing(found, {})
         with self._failures(prefix or ".", "list"):
+            if not top.is_dir():
+                return Listing(found, {})
             for folder, folders, files in os.walk(top, onerror=_raise, followlinks=True):
                 folders[:] = [name for name in folders if not _leads_back(os.path.join(folder, name))]
                 for file in files:
@@ -108,7 +108,8 @@ class LocalFolder:
             with full_disk(self.folder, f"{self._url}/{name}"):
                 yield temporary
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # of a disk that fails, which has been reported
+                temporary.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         return self.folder / checked_name(name, self._url)

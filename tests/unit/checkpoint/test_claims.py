@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -266,6 +267,30 @@ def test_signs_of_life_are_given(place: str) -> None:
     assert holder is not None
     assert holder.written > holder.since
     mine.release()
+
+
+def test_signs_of_life_go_on_after_a_disk_that_failed_for_a_moment(
+    place: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As Lustre does to a client that it has evicted; else another start would take the run for dead. A run that ends
+    amid it ends well."""
+    mine, stat = claim(place), os.stat
+
+    def fail(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if str(path).startswith(place):
+            raise OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
+        return stat(path, *args, **kwargs)
+
+    mine.take()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", fail)
+        time.sleep(5 * QUICK.beat_s)
+    numbers = [holder.number for holder in written(place) if holder]
+    wait_until(lambda: [each.number for each in written(place) if each] > numbers, lambda: (numbers, written(place)))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", fail)
+        mine.release()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_run_claims_its_folder_and_where_it_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
