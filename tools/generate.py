@@ -188,8 +188,12 @@ def _note(model: TextToVideoModel, settings: GenerationSettings, media: AnyGiven
     from regen_dist.inference.generation_settings import clips_of, longest_row
     from regen_dist.inference.given_media import clips_given, notes
 
-    flow, clips = model.config.diffusion, clips_of(settings, model.space, clips_given(media))
-    for note in notes(media, flow.given_content, flow.given_clips, clips, longest_row(model)):
+    flow, given = model.config.diffusion, clips_given(media)
+    clips = 0 if settings.is_image else clips_of(settings, model.space, given)
+    found = notes(media, flow.given_content, flow.given_clips, clips, longest_row(model))
+    if settings.negative is not None and settings.guidance == 1:
+        found.append("guidance 1 is none, so that the negative prompt changes nothing; give another --guidance")
+    for note in found:
         typer.echo(f"Note: {note}", err=True)
 
 
