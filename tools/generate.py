@@ -101,7 +101,7 @@ def generate(
         check_text(given)
     wanted = names.expanded(_prompts(prompt or [], prompts))
     place = read_rank_info(os.environ) if task is None else RankInfo()  # --task alone says which part is this one's
-    number, count = parse_task(task) if task else place[:2]
+    number, count = place[:2] if task is None else parse_task(task)
     share = wanted[number::count]
     if count > 1:
         who = f"task {task}" if task else f"rank {number} of {count}, as the environment says"

@@ -151,3 +151,5 @@ def test_what_is_refused(made: Made, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="write HEIGHTxWIDTH in pixels, such as 192x320"):
         parse_size("192")
     assert parse_size("192x320") == (192, 320)
+    with pytest.raises(ConfigError, match="write I/N"):  # of a variable that is not set: not all prompts
+        _regen(made, tmp_path, "a dog", "--task", "")
