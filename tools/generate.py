@@ -101,7 +101,7 @@ def generate(
         check_text(given)
     wanted = names.expanded(_prompts(prompt or [], prompts))
     place = read_rank_info(os.environ) if task is None else RankInfo()  # --task alone says which part is this one's
-    number, count = parse_task(task) if task else place[:2]
+    number, count = place[:2] if task is None else parse_task(task)
     share = wanted[number::count]
     if count > 1:
         who = f"task {task}" if task else f"rank {number} of {count}, as the environment says"
@@ -188,8 +188,12 @@ def _note(model: TextToVideoModel, settings: GenerationSettings, media: AnyGiven
     from regen_dist.inference.generation_settings import clips_of, longest_row
     from regen_dist.inference.given_media import clips_given, notes
 
-    flow, clips = model.config.diffusion, clips_of(settings, model.space, clips_given(media))
-    for note in notes(media, flow.given_content, flow.given_clips, clips, longest_row(model)):
+    flow, given = model.config.diffusion, clips_given(media)
+    clips = 0 if settings.is_image else clips_of(settings, model.space, given)
+    found = notes(media, flow.given_content, flow.given_clips, clips, longest_row(model))
+    if settings.negative is not None and settings.guidance == 1:
+        found.append("guidance 1 is none, so that the negative prompt changes nothing; give another --guidance")
+    for note in found:
         typer.echo(f"Note: {note}", err=True)
 
 

@@ -111,7 +111,11 @@ def _key(config: AnyRunConfig, world_size: int) -> str:
     """Return everything that an estimate depends on, without what runs of a sweep usually differ in."""
     train = config.train
     parts = [config.model.model_dump_json(), config.engine.model_dump_json(), config.optimizer.kind]
-    cut = config.data.sizes if isinstance(config, EmbedderConfig) else config.data.clips
+    cut: object
+    if isinstance(config, EmbedderConfig):
+        cut = config.data.sizes
+    else:
+        cut = config.data.clips if config.data.image_fraction < 1 else "images"
     return repr([parts, cut, train.batch_global, train.accumulation, world_size])
 
 

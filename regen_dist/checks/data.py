@@ -239,6 +239,20 @@ def embedder(config: T2VConfig, spaces: Mapping[str, LatentFacts], target: Targe
             )
 
 
+def other_latents(config: T2VConfig, facts: Mapping[str, Any]) -> Iterator[str]:
+    """Describe the caches of a config that are of another embedder or text encoder than a model's latent space, given
+    by its `facts`. Caches that cannot be read are left out."""
+    for url in config.data.sources:
+        options = (manifest_of(url, Target()) or {}).get("options") or {}
+        for name, what in (("encoder", "latents"), ("text", "text embeddings")):
+            then, here = (str((each.get(name) or {}).get("fingerprint", "")) for each in (facts, options))
+            if then and here and then != here:
+                yield (
+                    f"the {what} in {url} are of another encoder (fingerprint {here[:16]}…) than those that the "
+                    f"weights were trained on ({then[:16]}…), and mean something else to them"
+                )
+
+
 def _latents_of(folder: Path) -> tuple[int, int] | None:
     """Frames of a clip and channels, from the config of a run or of an export; None where there is neither."""
     try:

@@ -216,7 +216,7 @@ class GeneratedFiles:
     """Files of a generation in one folder.
 
     Args:
-        folder: output folder; created when something is written.
+        folder: output folder.
         settings: settings of the generation.
         provenance: everything else that decides the videos: model, embedder, text encoder.
         paths: locations of those models; recorded, but not compared.
@@ -235,6 +235,11 @@ class GeneratedFiles:
     ) -> None:
         self.folder, self._settings, self._layout, self._given = folder, settings, layout, given
         self._provenance, self._paths = provenance, paths
+
+    def make_folders(self) -> None:
+        """Create the folders of videos and records; OSError, with its path, where that is impossible."""
+        for folder in (self.folder, self._layout.records(self.folder)):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def check_kept(self, prompt: Prompt, given: Path) -> None:
         """Raise ConfigError where writing a prompt's video or image would replace or remove a given file."""
@@ -260,8 +265,6 @@ class GeneratedFiles:
         Raises:
             DataError: a file cannot be written.
         """
-        for folder in (self.folder, self._layout.records(self.folder)):
-            folder.mkdir(parents=True, exist_ok=True)
         record, path = self._path(prompt, _RECORD), self._media_path(prompt)
         record.unlink(missing_ok=True)  # first, so that it never describes another video
         if self._settings.is_image:
@@ -365,6 +368,7 @@ def generate(
     wanted = [prompt for prompt in prompts if prompt not in done]
     if not wanted:
         return Generated([], skipped, [])
+    files.make_folders()  # now: what refuses is told before anything is computed
     embedded = embed_prompts(load_encoder(), model.space, wanted, settings.negative)
     progress("generated", 0, len(wanted))
     for count, (prompt, frames) in enumerate(_generated(model, codec, wanted, embedded, settings, batch, media_of), 1):

@@ -248,7 +248,7 @@ def notes(
     Args:
         media: the given image or video.
         given_content, given_clips: shares of given content and of given clips in training.
-        clips: clips in a sampled row.
+        clips: clips in a sampled row; 0 for images.
         longest: clips in the longest row of training.
     """
     found, one = [], _any(media)
@@ -256,6 +256,6 @@ def notes(
         found.append("this model was not trained with given images (diffusion.given_content is 0)")
     if isinstance(one, GivenVideo) and not given_clips:
         found.append("this model was not trained to continue clips (diffusion.given_clips is 0)")
-    if one is not None and clips > longest:
+    if clips > longest:
         found.append(f"rows of {clips} clips are sampled, the model was trained on {longest} at most")
     return found

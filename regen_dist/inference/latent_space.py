@@ -387,7 +387,8 @@ class LatentSpace:
         """Write the space into a run folder or an exported model, unless the same is there already."""
         place = folder / SPACE_FOLDER
         text = json_text(self.to_json(), indent=1) + "\n"
-        if (place / _FACTS).is_file() and (place / _FACTS).read_text(encoding="utf-8") == text:
+        are_there = all((place / name).is_file() for name in (_NULL, _FACTS))
+        if are_there and (place / _FACTS).read_text(encoding="utf-8") == text:
             return
         place.mkdir(parents=True, exist_ok=True)
         write_bytes_atomically(place / _NULL, pack_null_text(self.null_text.text))

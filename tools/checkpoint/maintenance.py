@@ -326,6 +326,7 @@ def import_model(
     Example: regen checkpoint import runs/demo-model configs/demo/embedder.yaml name=tuned
     """
     from regen_dist.checkpoint.export import import_model as job
+    from regen_dist.checks.data import other_latents
     from regen_dist.config import T2VConfig, load_config
     from regen_dist.config.exported import T2VExportConfig, load_any_export_config
     from regen_dist.inference.latent_space import read_space
@@ -339,7 +340,10 @@ def import_model(
         if space is not None:
             space.write(loaded.folder)
 
-    for difference in job(export, loaded, write_space):
+    differences = job(export, loaded, write_space)
+    if space is not None and isinstance(loaded, T2VConfig):
+        differences += other_latents(loaded, space.facts)
+    for difference in differences:
         typer.echo(f"Note: {difference}")
     again = shlex.join(["regen", "train", str(config), *(overrides or [])])
     typer.echo(f"{loaded.checkpoints}: step 0 has the weights of {export}; train on with `{again}`")

@@ -30,7 +30,7 @@ class DescribedVideo:
 
     Args:
         size: (height, width) in pixels, multiples of 16.
-        frames: total, as clips of 33; None: the longest row of `data.clips`. 1 is an image.
+        frames: total, as clips of 33; None: the longest row of training, 1 if that is on images alone. 1 is an image.
         text_tokens: tokens of the caption, padding included.
     """
 
@@ -40,7 +40,8 @@ class DescribedVideo:
 
     def num_frames(self, config: T2VConfig) -> int:
         """Return the frames of the whole video."""
-        return self.frames or max(config.data.clips) * _CLIP_FRAMES
+        longest = max(config.data.clips) * _CLIP_FRAMES if config.data.image_fraction < 1 else 1
+        return self.frames or longest
 
     @property
     def cells(self) -> tuple[int, int]:

@@ -84,8 +84,8 @@ def _clip(dataset: Dataset, number: int, bucket: Bucket, short_side: int | str |
 def validation_rows(config: LatentDataConfig, facts: CacheFacts, *, rows: int = _MOST_CLIPS) -> ValidationRows:
     """Read up to `rows` fixed rows of one shape, spread over the validation data (the training data if there is none).
 
-    Rows have the most clips that `config.clips` and the data allow (images if the data has no clips), the most frequent
-    size of such entries, and start at the first clip of each. Read in this process.
+    Rows have the most clips that `config.clips` and the data allow (images if the data has no clips, or if images alone
+    are trained on), the most frequent size of such entries, and start at the first clip of each. Read in this process.
 
     Args:
         config: config of the data: caches and clips in a row.
@@ -97,7 +97,8 @@ def validation_rows(config: LatentDataConfig, facts: CacheFacts, *, rows: int = 
     """
     dataset, found = open_latents(config.validation_url or config.sources[0], config)
     check_same_space([facts, found])
-    clips, fitting = _fitting(dataset.records[:_MAX_CANDIDATES], config.clips, facts.num_frames)
+    lengths = config.clips if config.image_fraction < 1 else ()
+    clips, fitting = _fitting(dataset.records[:_MAX_CANDIDATES], lengths, facts.num_frames)
     chosen = [int(fitting[place]) for place in _spread(len(fitting), rows)]
     entries = [_entry(dataset, row, facts) for row in chosen]
     ids = torch.tensor([int(dataset.records["id"][row]) for row in chosen], dtype=torch.int64)

@@ -8,6 +8,7 @@ video, H x W pixels.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,13 +199,18 @@ class TextToVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             return_dict: return an object with `frames` and `fps` instead of a tuple of the frames.
 
         Raises:
-            ConfigError: a prompt has no text, or a size, number or form is invalid.
+            ConfigError: a prompt has no text, the negative prompt is no text, or a size, number or form is invalid.
         """
         if output_type not in _FORMS:
             raise ConfigError(f"output_type is {output_type!r}; it can be {', '.join(_FORMS)}")
         if (height is None) != (width is None):
             raise ConfigError(f"height is {height} and width is {width}; give both, or none")
         prompts = _prompts(prompt)
+        if not isinstance(negative_prompt, str | None):  # diffusers' own pipelines take a list, too
+            raise ConfigError(
+                f"negative_prompt is {negative_prompt!r}; give one text, which all prompts share, or call the pipeline "
+                "once for each prompt"
+            )
         seed = seed if generator is None else _drawn_seed(generator)
         model = PipelineModel(self.transformer, self._execution_device)
         settings = resolve_settings(
@@ -236,9 +242,14 @@ class TextToVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         (Path(save_directory) / name).write_text(text, encoding="utf-8")
 
     def _embedded(self, prompts: list[str], negative: str | None, space: LatentSpace) -> tuple[list[Tensor], Tensor]:
-        """Embeddings [M, D] of the prompts and of the negative prompt, rounded as in training."""
+        """Embeddings [M, D] of the prompts and of the negative prompt, rounded as in training; warns of cut ones."""
         most = (space.facts["text"] or {}).get("max_tokens")
         encoder = self.text_encoder.encoder if most is None else self.text_encoder.encoder.cut_at(int(most))
+        for text in (*prompts, negative or ""):
+            if encoder.cuts(text):
+                logging.getLogger("diffusers").warning(
+                    f"a prompt has more tokens than the text encoder takes and was cut: {text[:80]}…"
+                )
         texts = [as_in_cache(each) for each in encoder.encode(prompts)]
         return texts, space.null_text.text if negative is None else as_in_cache(encoder.encode([negative])[0])
 

@@ -351,6 +351,12 @@ class TestSettings:
         with pytest.raises(ConfigError, match=f"{name} is -?(nan|inf); it must be finite"):
             resolve_settings(made.model, **{name: value})
 
+    def test_a_folder_that_cannot_be_made(self, made: Made, tmp_path: Path) -> None:
+        """Refused at once, before the text encoder is loaded and anything is sampled."""
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OSError, match="file"):
+            generate(made.model, made.codec, lambda: pytest.fail("loaded"), PROMPTS, tmp_path / "file", _settings(made))
+
     def test_an_empty_batch(self, made: Made, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="--batch 0: it must be at least 1"):
             _generate(made, tmp_path, batch=0)

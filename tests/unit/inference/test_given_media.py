@@ -392,4 +392,5 @@ def test_what_a_model_was_not_trained_for_is_told(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", numbered_frames(9), fps=8)
     video = read_video(tmp_path / "a.mp4", (32, 32), most_clips=1, length=5, fps=8.0)
     assert len(notes(replace(video), 0.2, 0.0, 2, 1)) == 2
-    assert notes(None, 0.0, 0.0, 3, 1) == []
+    assert notes(None, 0.0, 0.0, 1, 1) == []
+    assert notes(None, 0.0, 0.0, 3, 1) == ["rows of 3 clips are sampled, the model was trained on 1 at most"]

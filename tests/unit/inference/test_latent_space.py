@@ -178,6 +178,17 @@ class TestFiles:
         with pytest.raises(CheckpointError, match=r"is damaged .*statistics"):
             read_space(tmp_path)
 
+    def test_a_missing_file_is_written_again(self, tmp_path: Path) -> None:
+        """As the error promises of `regen train`, though the facts are the same."""
+        space = latent_space()
+        space.write(tmp_path)
+        for name in ("null_text.safetensors", "facts.json"):
+            (tmp_path / "latent_space" / name).unlink()
+            with pytest.raises(CheckpointError, match="run `regen train` again, which writes it"):
+                read_space(tmp_path)
+            space.write(tmp_path)
+            assert torch.equal(read_space(tmp_path).null_text.text, space.null_text.text)
+
     def test_another_space_takes_its_place(self, tmp_path: Path) -> None:
         latent_space().write(tmp_path)
         latent_space(images=False).write(tmp_path)

@@ -18,7 +18,7 @@ from regen_dist.errors import CheckpointError, ConfigError
 from regen_dist.inference.sampler import TextToVideoModel
 from regen_dist.observe.heartbeat import Beat, beat_path, write_beat
 from tests.helpers.checkpoints import save_checkpoint, saved_run, small_state
-from tests.helpers.t2v import saved_t2v
+from tests.helpers.t2v import cache_for, saved_t2v
 from tests.helpers.tiny import tiny_run
 from tools.checkpoint import app
 
@@ -274,3 +274,16 @@ def test_export_and_import_of_text_to_video(tmp_path: Path) -> None:
     found = [tmp_path / "runs" / name / "latent_space" / "facts.json" for name in ("tiny_t2v", "next")]
     assert found[0].read_bytes() == found[1].read_bytes()
     assert TextToVideoModel.load(tmp_path / "runs" / "next").facts()["step"] == 0
+
+
+def test_import_tells_of_caches_of_other_encoders(tmp_path: Path) -> None:
+    """The shapes fit, and a run of imported weights goes on with any data; but other latents mean something else."""
+    own, other = saved_run(tmp_path / "own"), saved_run(tmp_path / "other", model__encoder__out_blocks=2)
+    source, out, shown = saved_t2v(tmp_path / "runs", own), tmp_path / "model", list[str]()
+    _regen("export", source.folder, "--out", out, "--no-statistics")
+    for name, embedder in (("same", own), ("others", other)):
+        cache = cache_for(embedder, tmp_path / name)
+        shown.append(_regen("import", out, source.folder / "config.yaml", f"name={name}", f"data.url={cache}").output)
+    assert "Note" not in shown[0]
+    assert f"Note: the latents in {tmp_path / 'others'} are of another encoder" in shown[1]
+    assert "text embeddings" not in shown[1]

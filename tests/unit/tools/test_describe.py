@@ -199,6 +199,9 @@ def test_a_video_costs_less_at_higher_compression(capsys: pytest.CaptureFixture[
 def test_an_image_is_a_row_of_one_latent_frame() -> None:
     facts = gather(load_config(ROOT / "configs/t2v/nano.yaml"), 2, video=DescribedVideo((32, 32), frames=1))
     assert (facts["clips"], facts["latent_frames"], facts["tokens_per_row"]) == (1, 1, 4)
+    config = load_config(ROOT / "configs/t2v/nano.yaml", ["data.image_fraction=1", "data.clips=[4]"])
+    facts = gather(config, 2, video=DescribedVideo((32, 32)))
+    assert (facts["video"]["frames"], facts["latent_frames"]) == (1, 1), "trained on images alone"
 
 
 @pytest.mark.parametrize("size", ["192", "192x", "192x328", "0x16", "192X320"])

@@ -119,6 +119,20 @@ def test_samples_are_shared(made: Made, tmp_path: Path) -> None:
     assert (tmp_path / "by_prompt-records" / "a dog-1.json").is_file()
 
 
+def test_what_training_or_settings_do_not_bear_out_is_told(made: Made, tmp_path: Path) -> None:
+    """A row longer than any of training, also by a low frame rate; a negative prompt without guidance. Nothing is said
+    of images and of usual rows."""
+    longer = "Note: rows of 4 clips are sampled, the model was trained on 1 at most"
+    for arguments, told in ((["--frames", 20], longer), (["--frames", 2, "--fps", 0.5], longer)):
+        assert told in _regen(made, tmp_path, "a dog", *arguments).output
+    assert (
+        "the negative prompt changes nothing"
+        in _regen(made, tmp_path, "a dog", "--negative", "bad", "--guidance", 1).output
+    )
+    for arguments in (["--frames", 1], ["--negative", "bad"], ["--guidance", 1]):
+        assert "Note" not in _regen(made, tmp_path, "a dog", *arguments).output
+
+
 def test_a_prompt_that_is_cut_is_told(made: Made, tmp_path: Path) -> None:
     shown = _regen(made, tmp_path, LONG).output
     assert "warning: a prompt has more tokens than the text encoder takes and was cut: one two" in shown
@@ -137,3 +151,5 @@ def test_what_is_refused(made: Made, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="write HEIGHTxWIDTH in pixels, such as 192x320"):
         parse_size("192")
     assert parse_size("192x320") == (192, 320)
+    with pytest.raises(ConfigError, match="write I/N"):  # of a variable that is not set: not all prompts
+        _regen(made, tmp_path, "a dog", "--task", "")

@@ -324,6 +324,15 @@ def test_validation_data_without_clips_gives_images(config: LatentDataConfig, tm
     assert validation_rows(apart, made(config).facts).batch.kind == "image 4x4"
 
 
+def test_training_on_images_alone_is_validated_on_images(config: LatentDataConfig, cache: Path) -> None:
+    """First frames, though the cache has clips: the model has never seen a motion latent."""
+    found = validation_rows(config.model_copy(update={"image_fraction": 1.0}), made(config).facts, rows=3)
+    assert found.batch.kind.startswith("image")
+    stored = entries(cache)
+    for number, content in zip(found.batch.sample_ids.tolist(), found.batch.content, strict=True):
+        assert torch.equal(content, stored[number].content[:1])
+
+
 def test_a_bad_validation_entry_has_no_stand_in(tmp_path: Path) -> None:
     folder = write_cache(tmp_path, videos=2)
     config = LatentDataConfig(url=str(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -124,12 +125,23 @@ def test_forms_of_frames(tmp_path: Path) -> None:
     for said, wrong in refused.items():
         with pytest.raises(Exception, match=said):
             pipeline(PROMPTS[0], **wrong)
+    for textless in (["blurred"], 3):
+        with pytest.raises(Exception, match="give one text, which all prompts share"):
+            pipeline(PROMPTS[0], negative_prompt=textless)
     for textless in ("", " \n", [], None, 3, ["a red circle", ""], ["a red circle", None]):
         with pytest.raises(Exception, match="give a text with words in it"):
             pipeline(textless)
     torch.nn.init.constant_(pipeline.transformer.half().head.weight, 6e4)
     with pytest.raises(Exception, match=r"in float16 the model .* Load it with torch_dtype"):
         pipeline(PROMPTS[0])
+
+
+def test_a_cut_prompt_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts with more tokens than the training's captions, and none else."""
+    pipeline, told = _opened(_export(tmp_path, saved_parts(tmp_path))), list[str]()
+    monkeypatch.setattr(logging.getLogger("diffusers"), "warning", told.append)
+    pipeline(PROMPTS, num_inference_steps=1)
+    assert told == [f"a prompt has more tokens than the text encoder takes and was cut: {PROMPTS[1]}…"]
 
 
 def test_what_was_saved_opens_again(tmp_path: Path) -> None:

@@ -311,5 +311,6 @@ def test_an_estimate_knows_the_clips_in_a_row(cache: Path, tmp_path: Path, monke
     monkeypatch.setattr("launcher.preflight.findings.describe", lambda config, *_: Estimate(len(config.name), {}))
     known, first = Estimates(), t2v_run(tmp_path, cache)
     longer = t2v_run(tmp_path, cache, data={"clips": [4]}).model_copy(update={"name": "longer"})
+    images = t2v_run(tmp_path, cache, data={"image_fraction": 1.0}).model_copy(update={"name": "images_only"})
     renamed = first.model_copy(update={"name": "renamed"})
-    assert [known.of(each, 1).parameters for each in (first, renamed, longer)] == [3, 3, 6]
+    assert [known.of(each, 1).parameters for each in (first, renamed, longer, images)] == [3, 3, 6, 11]
