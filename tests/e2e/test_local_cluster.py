@@ -33,14 +33,13 @@ STEPS = 30
 TWO_RANKS = ("--tasks-per-node", 2)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     """With a dataset, and the config of a run of two ranks."""
-    folder = tmp_path_factory.mktemp("here")
-    url = tiny_dataset(folder / "data")
-    made = tiny_run(folder / "runs", url, engine__kind="zero3", train__steps=STEPS, checkpoint__every=10)
-    (folder / "tiny.yaml").write_text(to_yaml(made))
-    return folder
+    url = tiny_dataset(tmp_path / "data")
+    made = tiny_run(tmp_path / "runs", url, engine__kind="zero3", train__steps=STEPS, checkpoint__every=10)
+    (tmp_path / "tiny.yaml").write_text(to_yaml(made))
+    return tmp_path
 
 
 def submitter(folder: Path) -> Submitter:
