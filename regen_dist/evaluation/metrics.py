@@ -20,7 +20,7 @@ import numpy as np
 from regen_dist.config.run import check_seed
 from regen_dist.errors import BackendError, ConfigError, DataError, needing_extra
 from regen_dist.evaluation.perceptual import frame_planes
-from regen_dist.inference.frames import ROUNDING_S, Frame, SourceVideo, VideoWriter
+from regen_dist.inference.frames import HIGHEST_FPS, ROUNDING_S, Frame, SourceVideo, VideoWriter
 from regen_dist.inference.long_video import (
     DEFAULT_FADE,
     DEFAULT_GROUP,
@@ -43,7 +43,6 @@ PSNR_CEILING = 100.0  # dB, the value for equal frames, so that means stay finit
 LATENT_BITS = 16  # a latent value is counted as stored in 16 bits
 RAW_BITS_PER_PIXEL = 24.0
 VMAF_SIDE = 17  # pixels; libvmaf crashes on smaller pictures, measured
-HIGHEST_FPS = 1000
 
 
 def psnr_db(mean_squared_error: float) -> float:

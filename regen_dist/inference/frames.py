@@ -31,6 +31,7 @@ CLOCK = 90_000  # ticks a second of files in which each frame has its own time
 LARGEST_SIDE = 4320  # shorter side of 8K video
 LARGEST_WRITTEN_SIDE = 16_384  # x264 takes no more
 FALLBACK_RATE = Fraction(25)
+HIGHEST_FPS = 1000
 LONGEST_FRAME_S = 1001  # rates are written as a fraction of at most this denominator, as 30000/1001 is
 ROUNDING_S = 1e-3  # error of times in a file: Matroska and WebM round them to milliseconds
 

@@ -11,6 +11,7 @@ import numpy as np
 from regen_dist.config.run import SEED_END, SPATIAL_COMPRESSION, SamplerName
 from regen_dist.config.t2v import SIDE_MULTIPLE
 from regen_dist.errors import ConfigError
+from regen_dist.inference.frames import HIGHEST_FPS, LONGEST_FRAME_S
 from regen_dist.inference.latent_space import LatentSpace
 from regen_dist.inference.long_video import Positions
 from regen_dist.inference.sampler import TextToVideoModel
@@ -63,8 +64,8 @@ class GenerationSettings:
             problems.append(f"sampler is {self.sampler!r}; it can be {', '.join(get_args(SamplerName))}")
         if self.seed >= SEED_END:
             problems.append(f"seed is {self.seed}; it must be at most 2**63 - 1")
-        if not self.fps > 0:
-            problems.append(f"fps is {self.fps:g}; it must be above 0")
+        if not 1 / LONGEST_FRAME_S <= self.fps <= HIGHEST_FPS:
+            problems.append(f"fps is {self.fps:g}; it must be above 0, from 1/{LONGEST_FRAME_S} to {HIGHEST_FPS}")
         if self.height % SIDE_MULTIPLE or self.width % SIDE_MULTIPLE or min(self.height, self.width) < 1:
             nearest = (max(1, round(side / SIDE_MULTIPLE)) * SIDE_MULTIPLE for side in (self.height, self.width))
             problems.append(

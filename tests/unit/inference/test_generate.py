@@ -345,6 +345,11 @@ class TestSettings:
         ):  # fmt: skip
             assert text in str(caught.value)
 
+    @pytest.mark.parametrize("fps", [1e-4, 1e12])
+    def test_rates_that_no_file_has(self, made: Made, fps: float) -> None:
+        with pytest.raises(ConfigError, match="it must be above 0, from 1/1001 to 1000"):
+            resolve_settings(made.model, fps=fps)
+
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     @pytest.mark.parametrize("name", ["fps", "guidance"])
     def test_what_is_not_finite_is_refused(self, made: Made, name: str, value: float) -> None:
