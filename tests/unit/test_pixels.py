@@ -54,7 +54,7 @@ def test_frames_and_videos_are_each_others_inverse() -> None:
 
 
 def test_ssim_of_smooth_frames_is_exact_where_convolutions_round_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As GPUs may: its variances are differences of nearly equal numbers."""
+    """GPUs may; its variances are differences of nearly equal numbers."""
     rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     source = (0.4 + 0.2 * torch.sin(columns / 40) * torch.cos(rows / 50)).expand(1, 3, 1, 64, 64)
     made = source + 0.02 * torch.randn(source.shape, generator=torch.Generator().manual_seed(0))

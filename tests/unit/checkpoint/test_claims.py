@@ -272,7 +272,7 @@ def test_signs_of_life_are_given(place: str) -> None:
 def test_signs_of_life_go_on_after_a_disk_that_failed_for_a_moment(
     place: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As Lustre does to a client that it has evicted; else another start would take the run for dead. A run that ends
+    """Lustre does this to a client that it has evicted; else another start would take the run for dead. A run that ends
     amid it ends well."""
     mine, stat = claim(place), os.stat
 

@@ -179,7 +179,7 @@ class TestFiles:
             read_space(tmp_path)
 
     def test_a_missing_file_is_written_again(self, tmp_path: Path) -> None:
-        """As the error promises of `regen train`, though the facts are the same."""
+        """The error promises it of `regen train`; the facts are the same."""
         space = latent_space()
         space.write(tmp_path)
         for name in ("null_text.safetensors", "facts.json"):

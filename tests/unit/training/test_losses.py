@@ -179,7 +179,7 @@ def test_signal_weighs_the_terms() -> None:
 
 
 def test_the_structural_term_is_one_less_the_ssim_that_is_measured() -> None:
-    """Of each frame as it is evaluated, averaged; SSIM of values in [-1, 1] is that of the same pixels in 0 … 255."""
+    """The mean over frames; SSIM of values in [-1, 1] is that of the same pixels in 0 … 255."""
     task, engine = _task(**SSIM, train__losses__signal_floor=1.0)
     source, made = pixels.to_float(_batch().video), pixels.to_float(_batch().video.flip(0))
     loss = Loss(torch.zeros(()), {})
