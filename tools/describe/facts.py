@@ -66,7 +66,7 @@ def gather(
 
 
 def _loss_memory(config: AnyRunConfig, counted: FlopReport, clips_per_gpu: int) -> dict[str, int]:
-    """Bytes per GPU of the networks of `train.losses`; none where they are off."""
+    """Bytes per GPU of the terms of `train.losses`; none where they are off."""
     from regen_dist.config import T2VConfig
 
     if isinstance(config, T2VConfig) or not config.train.losses.any:

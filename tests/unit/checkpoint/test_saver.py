@@ -127,7 +127,7 @@ def test_a_commit_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_old_ones_go_after_the_commit(tmp_path: Path) -> None:
-    """By the policy; one that cannot be deleted now goes after the next save, and is no failure of this one."""
+    """The policy says which; one that cannot be deleted now goes after the next save, and is no failure of this one."""
     saver = _saver(tmp_path, keep_last=2)
     for step in (1, 2, 3):
         saver.save(_manifest(step), {"master/weight": torch.ones(6)})

@@ -1,4 +1,4 @@
-"""What a text-to-video run's config refuses."""
+"""Values that a text-to-video run's config refuses."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_what_is_allowed() -> None:
 
 
 def test_long_rows_are_shifted_towards_noise() -> None:
-    """By the root of their number of tokens."""
+    """The shift grows with the root of their number of tokens."""
     flow = FlowConfig(shift=2.0, shift_tokens=100)
     assert flow.shift_at(100) == 2.0
     assert flow.shift_at(400) == pytest.approx(4.0)

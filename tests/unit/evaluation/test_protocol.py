@@ -130,7 +130,7 @@ def test_a_frozen_encoder_is_not_counted_as_free(tmp_path: Path) -> None:
 
 
 def test_operations_are_counted_at_sides_that_are_filled_up_to_whole_cells(tmp_path: Path) -> None:
-    """Of 32 pixels here."""
+    """Cells have 32 pixels a side here."""
     frozen = saved_run(tmp_path / "frozen", model=frozen_model("ltx", save_autoencoder("ltx", tmp_path / "vae")))
     (load,) = load_models([str(frozen.folder)], steps=1, clip_frames=9, baselines=False)
     assert load().flops(40, 56) == load().flops(64, 64)

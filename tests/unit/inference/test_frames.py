@@ -133,7 +133,7 @@ def test_a_pipe_is_no_missing_file(tmp_path: Path) -> None:
 
 
 def test_cut_file(tmp_path: Path) -> None:
-    """What is there is read and noted where the index comes first; without an index nothing can be read."""
+    """Frames that are there are read and noted where the index comes first; without an index nothing can be read."""
     path = write(tmp_path / "a.mp4", gradient(30, 64, 64))
     path.write_bytes(path.read_bytes()[:-200])
     cut = SourceVideo(path)

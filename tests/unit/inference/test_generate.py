@@ -177,7 +177,7 @@ class TestSamples:
         assert Layout(by_prompt=True).records(Path(".")) == tmp_path / "out-records"
 
     def test_the_longest_name_is_written(self, made: Made, tmp_path: Path) -> None:
-        """As long as `expanded` allows; temporary names are longer than the file's own."""
+        """The longest that `expanded` allows; temporary names are longer than the file's own."""
         layout = Layout(by_prompt=True)
         prompts = layout.expanded([Prompt(0, "x" * 248)])
         generate(made.model, made.codec, WordEncoder, prompts, tmp_path / "out", _settings(made), layout=layout)
@@ -321,7 +321,7 @@ class TestShapes:
 
 
 class TestSettings:
-    """What is not given is as trained; what cannot be is refused, all of it at once."""
+    """Settings that are not given are as trained; impossible ones are refused, all at once."""
 
     def test_defaults(self, made: Made) -> None:
         settings = resolve_settings(made.model)

@@ -218,7 +218,7 @@ def test_it_is_one_copy_of_the_weights(tmp_path: Path) -> None:
 
 
 def test_the_embedder_of_the_config(tmp_path: Path) -> None:
-    """What a run generates with while it trains is taken where none is given."""
+    """The embedder that a run generates with while it trains is taken where none is given."""
     embedder = saved_run(tmp_path / "runs")
     parts = saved_parts(tmp_path, generation__embedder=str(embedder.folder))
     folder = _export(tmp_path, parts, embedder=None)
