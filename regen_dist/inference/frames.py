@@ -89,7 +89,7 @@ class SourceVideo:
                     (height, width), (now_high, now_wide) = self.stored, shown_sides(frame)
                     raise DataError(
                         f"the picture changes from {height}x{width} to {now_high}x{now_wide} at frame {number}; cut "
-                        f"the file there, or take the frames before it (--max-frames {number})"
+                        f"the file there, or reconstruct the frames before it (regen reconstruct --max-frames {number})"
                     )
                 yield frame_to_rgb(frame, self.height, self.width)
 

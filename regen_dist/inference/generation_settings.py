@@ -17,6 +17,7 @@ from regen_dist.inference.long_video import Positions
 from regen_dist.inference.sampler import TextToVideoModel
 
 DEFAULT_SIZE = (192, 320)  # paper, Sec. 4
+_HIGHEST_GUIDANCE = 1000  # far above any use; a larger one overflows, and the weights would be blamed
 _DIGITS = 6  # decimals of a position: 24 frames at 30 a second must not end at 32.99999…
 
 
@@ -60,6 +61,8 @@ class GenerationSettings:
             for name, low in least.items()
             if getattr(self, name) < low
         ]
+        if self.guidance > _HIGHEST_GUIDANCE:
+            problems.append(f"guidance is {self.guidance:g}; it must be at most {_HIGHEST_GUIDANCE}")
         if self.sampler not in get_args(SamplerName):
             problems.append(f"sampler is {self.sampler!r}; it can be {', '.join(get_args(SamplerName))}")
         if self.seed >= SEED_END:

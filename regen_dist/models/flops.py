@@ -311,8 +311,7 @@ def count_row_flops(
         precision: precision of the computation.
         activation_checkpointing: the activations of blocks that are recomputed.
         sequence_parallel: ranks that share a row.
-        given_frames: true where rows are trained with given frames: each latent frame then has a time of its own, and
-            every token a modulation.
+        given_frames: true where rows are trained with given frames: each latent frame then has a time of its own.
 
     Raises:
         DataError: an odd side.

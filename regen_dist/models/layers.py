@@ -338,7 +338,8 @@ class Modulation(nn.Module):
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Layer norm without parameters of its own, then scale and shift. x [B, L, D], scale and shift [B, 1, D]."""
+    """Layer norm without parameters of its own, then scale and shift. x [B, L, D], scale and shift [B, 1, D]; or in G
+    groups of tokens, [B, G, L / G, D] and [B, G, 1, D]."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
 
 

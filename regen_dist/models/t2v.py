@@ -8,7 +8,7 @@ P = 2 cells a side of a token, L = F*(h/P)*(w/P) tokens, M text tokens, Dt their
 
 from __future__ import annotations
 
-from math import pi, prod
+from math import gcd, pi, prod
 
 import torch
 import torch.nn as nn
@@ -61,15 +61,16 @@ def token_grid(latents: tuple[int, int, int]) -> Grid:
     return frames, height // P, width // P
 
 
-def _of_tokens(vectors: Tensor, grid: Grid, share: SequenceShard) -> Tensor:
-    """The vectors of latent frames, [B, F, n, D], as those of their tokens, [B, L, n, D], of a shared row this rank's
-    part; one for the whole row, [B, 1, n, D], stays one."""
+def _of_groups(vectors: Tensor, grid: Grid, share: SequenceShard) -> Tensor:
+    """The vectors of latent frames, [B, F, n, D], as those of equal groups of neighbouring tokens, [B, G, n, D]: of a
+    shared row those of this rank's part. A group is the whole row where it has one vector, else a frame, or the largest
+    piece of one that the part is made of."""
     if vectors.shape[1] == 1:
         return vectors
     cells, (start, stop, _) = grid[1] * grid[2], share.own.indices(prod(grid))
-    first = start // cells  # of the frames that the part lies in: a cut from the whole row would keep all of it
-    tokens = vectors[:, first : -(-stop // cells)].repeat_interleave(cells, 1)
-    return tokens[:, start - first * cells : stop - first * cells]
+    first, size = start // cells, gcd(cells, start, stop)  # a cut from the whole row would keep all of it
+    pieces = vectors[:, first : -(-stop // cells)].repeat_interleave(cells // size, 1)
+    return pieces[:, (start - first * cells) // size : (stop - first * cells) // size]
 
 
 def fold_latents(x: Tensor) -> Tensor:
@@ -212,12 +213,15 @@ class TextToVideoBlock(nn.Module):
         grid: Grid,
         share: SequenceShard = WHOLE,
     ) -> Tensor:
-        """x [B, L, D], of a shared row this rank's part; modulation [B, 1 or L, 6, D], text [B, M, D]."""
-        parts = (modulation + self.table).unbind(2)  # six of [B, 1 or L, D]
-        x = torch.addcmul(x, parts[2], self.self_attention(modulate(x, parts[0], parts[1]), positions, grid, share))
-        x = x + self.cross_attention(F.layer_norm(x, x.shape[-1:]), text, counting)
-        hidden = F.gelu(self.expand(modulate(x, parts[3], parts[4])), approximate="tanh")
-        return torch.addcmul(x, parts[5], self.contract(hidden))
+        """x [B, L, D], of a shared row this rank's part; modulation [B, G, 6, D] of G groups of its tokens, text
+        [B, M, D]."""
+        parts = (modulation + self.table).unsqueeze(3).unbind(2)  # six of [B, G, 1, D]
+        groups = x.unflatten(1, (modulation.shape[1], -1))  # [B, G, L / G, D]: a modulation is never spread over tokens
+        mixed = self.self_attention(modulate(groups, parts[0], parts[1]).flatten(1, 2), positions, grid, share)
+        x = torch.addcmul(groups, parts[2], mixed.view_as(groups)).flatten(1, 2)
+        groups = (x + self.cross_attention(F.layer_norm(x, x.shape[-1:]), text, counting)).view_as(groups)
+        hidden = F.gelu(self.expand(modulate(groups, parts[3], parts[4])), approximate="tanh")
+        return torch.addcmul(groups, parts[5], self.contract(hidden)).flatten(1, 2)
 
 
 class TextToVideo(Checkpointed, RowSharing):
@@ -265,11 +269,12 @@ class TextToVideo(Checkpointed, RowSharing):
         text, mask = padded_text(text, mask, _TEXT_MULTIPLE.get(x.device.type, 1))
         counting = text_tokens(mask.bool(), self.config.attention.backend)
         text, vectors = self.text(text.to(dtype)), self._times(t, grid)  # [B, M, D], [B, 1 or F, D]
-        modulation = _of_tokens(self.modulation(vectors), grid, share)  # [B, 1 or L, 6, D]
+        modulation = _of_groups(self.modulation(vectors), grid, share)  # [B, G, 6, D]
         for block in self.blocks:
             tokens = self.run(block, tokens, modulation, text, counting, positions, grid=grid, share=share)
-        scale, shift = _of_tokens(self.final_modulation(vectors), grid, share).unbind(2)
-        velocities = share.whole(self.head(modulate(tokens, scale, shift)))
+        scale, shift = _of_groups(self.final_modulation(vectors), grid, share).unsqueeze(3).unbind(2)
+        groups = tokens.unflatten(1, (scale.shape[1], -1))
+        velocities = share.whole(self.head(modulate(groups, scale, shift)).flatten(1, 2))
         return unfold_latents(velocities.float(), grid)
 
     def set_activation_checkpointing(self, enabled: Recomputation) -> None:

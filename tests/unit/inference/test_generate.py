@@ -350,6 +350,10 @@ class TestSettings:
         with pytest.raises(ConfigError, match="it must be above 0, from 1/1001 to 1000"):
             resolve_settings(made.model, fps=fps)
 
+    def test_a_guidance_that_overflows(self, made: Made) -> None:
+        with pytest.raises(ConfigError, match="guidance is 1e\\+30; it must be at most 1000"):
+            resolve_settings(made.model, guidance=1e30)
+
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     @pytest.mark.parametrize("name", ["fps", "guidance"])
     def test_what_is_not_finite_is_refused(self, made: Made, name: str, value: float) -> None:

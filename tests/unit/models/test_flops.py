@@ -208,11 +208,21 @@ def test_a_new_caption_length_needs_no_new_count(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("given", [False, True])
 def test_activations_of_a_row_are_what_autograd_keeps(given: bool) -> None:
-    """Also of rows with given frames, where every token has a modulation of its own."""
+    """Also of rows with given frames, where every latent frame has a time of its own."""
     times = torch.ones(1, 8) if given else torch.ones(1)
     inputs = torch.rand(1, 8, 8, 8, 12), times, torch.rand(1, 7, 12), torch.ones(1, 7, dtype=torch.bool)
     counted = count_row_flops(_wide(), *ROW, precision="fp32", given_frames=given).activation_bytes
     assert counted == pytest.approx(_kept_bytes(build_model(_wide()), *inputs), rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_given_frames_take_next_to_no_memory(checkpointing: bool) -> None:
+    """The modulation of a frame is not spread over its tokens."""
+    plain, given = (
+        count_row_flops(_wide(), *ROW, activation_checkpointing=checkpointing, given_frames=on).activation_bytes
+        for on in (False, True)
+    )
+    assert plain < given < 1.02 * plain
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -11,6 +11,7 @@ from regen_dist.models.decoder import GenerativeDecoder
 from regen_dist.models.embedder import build_model
 from regen_dist.models.flops import count_flops, count_row_flops
 from regen_dist.models.sequence_parallel import WHOLE, Rows, SimulatedSequenceParallel, row_lengths, share_rows
+from regen_dist.models.t2v import _of_groups
 from tests.helpers.tiny import tiny_model, tiny_t2v_model
 
 
@@ -82,8 +83,22 @@ def test_conditioning_is_made_of_the_frames_that_a_rank_has_tokens_of(
     assert decoder.own_frames((5, 4, 4)) == slice(*frames)
 
 
+@pytest.mark.parametrize(
+    ("size", "index", "groups"), [(1, 0, 5), (5, 3, 1), (2, 0, 5), (2, 1, 5), (8, 7, 5), (3, 1, 27)]
+)
+def test_groups_of_tokens_have_the_modulation_of_their_frame(size: int, index: int, groups: int) -> None:
+    """Five frames of 4 x 4 tokens; a part of 40 tokens is five groups of 8, one of 10 tokens five of 2."""
+    share, lengths = SimulatedSequenceParallel(size).share(80), row_lengths(80, size)
+    share.own = slice(sum(lengths[:index]), sum(lengths[: index + 1]))
+    frames = torch.arange(5.0)[None, :, None, None]
+    found = _of_groups(frames, (5, 4, 4), share)
+    assert found.shape[1] == groups
+    own = frames.repeat_interleave(16, 1)[:, share.own]
+    assert torch.equal(found.repeat_interleave(own.shape[1] // groups, 1), own)
+
+
 def test_a_rank_keeps_the_modulation_of_its_own_tokens_alone() -> None:
-    """Of rows with given frames, where every token has its own."""
+    """Of rows with given frames, where every frame has its own."""
     model, kept = tiny_t2v_model(width=64, heads=8, blocks=1), {"activation_checkpointing": True, "given_frames": True}
     one, eight = (
         count_row_flops(model, 16, (16, 16), 5, sequence_parallel=size, **kept).activation_bytes for size in (1, 8)
