@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from regen_dist.config.embedder import DiffusionConfig, EmbedderConfig, ModelConfig
@@ -14,7 +13,7 @@ from regen_dist.config.files import Composed, describe_problem, problem_message
 from regen_dist.config.run import SEED_END, PositiveInt, Section
 from regen_dist.config.t2v import FlowConfig, T2VConfig, T2VModelConfig
 from regen_dist.config.version import fill_later_fields
-from regen_dist.config.yaml_files import display, read_yaml
+from regen_dist.config.yaml_files import display, dump_yaml, read_yaml
 from regen_dist.errors import CheckpointError, ConfigError
 
 EXPORT_CONFIG_FILE = "config.yaml"
@@ -47,7 +46,7 @@ class CommonExportConfig(Section):
 
     def to_yaml(self) -> str:
         """Return the complete config as YAML, with every default."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 class ExportConfig(CommonExportConfig):

@@ -9,6 +9,8 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,7 +101,7 @@ def compose(path: Path, overrides: Sequence[str] = ()) -> Composed:
     refused = [dotted for origin, dotted, _ in composed.problems if composed.origins.get(dotted) == origin]
     _resolve(composed)
     for dotted in refused:
-        _put(composed.values, dotted, Unresolved(""))
+        _put(composed.values, _path_of(composed.values, dotted), Unresolved(""))
     return composed
 
 
@@ -178,22 +180,23 @@ class Unresolved(str):
 
 def _resolve(composed: Composed) -> None:
     """Replace every `${…}` by its value, and collect those without one."""
-    texts = _texts(composed.values, "")
-    problems = {dotted: problem for dotted, text in texts if (problem := _refusal(text))}
-    for dotted in problems:
-        _put(composed.values, dotted, "")
+    texts = _texts(composed.values)
+    problems = {path: problem for path, text in texts if (problem := _refusal(text))}
+    for path in problems:
+        _put(composed.values, path, "")
     config = OmegaConf.create(composed.values)
-    for dotted, text in texts:
-        if dotted not in problems:
+    for path, text in texts:
+        if path not in problems:
             try:
-                value = OmegaConf.select(config, dotted, throw_on_missing=True)
+                value = reduce(getitem, path, config)
                 plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-                _put(composed.values, dotted, plain)
+                _put(composed.values, path, plain)
             except OmegaConfBaseException as error:
-                problems[dotted] = f"{text!r} cannot be resolved: {str(error).splitlines()[0]}"
-    for dotted, problem in problems.items():
+                problems[path] = f"{text!r} cannot be resolved: {str(error).splitlines()[0]}"
+    for path, problem in problems.items():
+        dotted = ".".join(map(str, path))
         composed.problems.append((composed.origin(dotted) or COMMAND_LINE, dotted, problem))
-        _put(composed.values, dotted, Unresolved(""))
+        _put(composed.values, path, Unresolved(""))
 
 
 def _refusal(text: str) -> str:
@@ -213,19 +216,32 @@ def _refusal(text: str) -> str:
     return ""
 
 
-def _texts(values: object, prefix: str) -> list[tuple[str, str]]:
-    """List dotted key and text of every string with a reference."""
+KeyPath = tuple[str | int, ...]
+
+
+def _texts(values: object, path: KeyPath = ()) -> list[tuple[KeyPath, str]]:
+    """List the path of keys to every string with a reference, and the string."""
     if isinstance(values, str):
-        return [(prefix, values)] if "${" in values or values == "???" else []
-    pairs = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    return [each for key, value in pairs for each in _texts(value, f"{prefix}.{key}" if prefix else str(key))]
+        return [(path, values)] if "${" in values or values == "???" else []
+    return [each for key, value in _pairs(values) for each in _texts(value, (*path, key))]
 
 
-def _put(values: Any, dotted: str, value: object) -> None:
-    *sections, last = dotted.split(".")
-    for name in sections:
-        values = values[int(name)] if isinstance(values, list) else values[name]
-    values[int(last) if isinstance(values, list) else last] = value
+def _pairs(values: object) -> Iterable[tuple[str | int, Any]]:
+    return values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+
+
+def _path_of(values: object, dotted: str) -> KeyPath:
+    """Return the path of keys that a dotted key stands for. A name may hold dots itself, as that of a step may."""
+    for key, value in _pairs(values):
+        if dotted == str(key):
+            return (key,)
+        if dotted.startswith(f"{key}.") and (inner := _path_of(value, dotted.removeprefix(f"{key}."))):
+            return (key, *inner)
+    return ()
+
+
+def _put(values: Any, path: KeyPath, value: object) -> None:
+    reduce(getitem, path[:-1], values)[path[-1]] = value
 
 
 def _replaced(values: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -243,8 +259,7 @@ def _merged(below: object, above: object) -> Any:
     return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
 
 
-# --- problem reports: file and line (or "command line"), key, found and allowed values, nearest key for unknown ones
-# ---
+# Problem reports: file and line (or "command line"), key, found and allowed values, nearest key for unknown ones.
 
 _SHOWN_CHARACTERS = 60
 
@@ -293,6 +308,8 @@ def nearest_key(dotted: str, schema: type[BaseModel]) -> str | None:
 def _problem(error: ErrorDetails, schema: type[BaseModel]) -> str:
     dotted = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
+        if "." in str(error["loc"][-1]):
+            return "a file has its sections nested, as in `train: {steps: 100}`; dots are for the command line"
         guess = nearest_key(dotted, schema)
         inside = _section(schema, [str(part) for part in error["loc"][:-1]])
         known = ", ".join(inside.model_fields) if inside else "none"
@@ -301,6 +318,8 @@ def _problem(error: ErrorDetails, schema: type[BaseModel]) -> str:
         return "is required and not set"
     if error["type"] == "value_error":
         return error["msg"].removeprefix("Value error, ")
+    if error["type"] == "model_type":
+        return f"found {_shown(error['input'])}; allowed: a section, its keys indented below; without any, no such line"
     allowed = error["msg"].replace("Input should be ", "").replace("Input should have ", "")
     hint = "; quote it to make it one, as in name='\"7\"'" if error["type"] == "string_type" else ""
     return f"found {_shown(error['input'])}; allowed: {allowed}{hint}"
@@ -326,9 +345,6 @@ def _section(schema: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | 
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-# --- atomic writes ---
-
-
 def write_text_atomically(path: Path, text: str) -> None:
     """Write `text` as UTF-8: to a new name in the same folder, synced, then moved over `path`."""
     write_bytes_atomically(path, text.encode("utf-8"))
@@ -341,15 +357,6 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
         OSError: the disk refuses; it names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _write_and_replace(path, data)
-    except OSError as error:
-        raise type(error)(
-            error.errno, error.strerror or str(error), str(path)
-        ) from error  # a full disk names no file, or another
-
-
-def _write_and_replace(path: Path, data: bytes) -> None:
     temporary = temporary_beside(path)
     try:
         with temporary.open("xb") as file:
@@ -357,9 +364,10 @@ def _write_and_replace(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except OSError as error:  # a full disk names no file, or another
+        raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 AnyRunConfig = EmbedderConfig | T2VConfig

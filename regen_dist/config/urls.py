@@ -64,6 +64,8 @@ def parse_url(url: str) -> Location:
     if not url.strip():
         raise ValueError(f"the URL is empty; use {_READ}")
     if "://" not in url and not (colon and scheme in ("pipe", "file")):
+        if scheme in (*BUCKET_SCHEMES, *WEB_SCHEMES) and url.startswith(f"{scheme}:/"):
+            raise ValueError(f"{scheme}:/ has one slash, and would be a local folder {scheme}:; write {scheme}://")
         return _local(Path(expand_home(url)))
     try:
         parts = urlsplit(url)

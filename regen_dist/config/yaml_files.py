@@ -23,11 +23,12 @@ _Loader.yaml_implicit_resolvers = {  # dates stay strings
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
+_EXPONENT: Any = (
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
     list("-+.0123456789"),
 )
+_Loader.add_implicit_resolver(*_EXPONENT)
 
 
 _WORDS = {
@@ -96,9 +97,10 @@ def parse_value(text: str) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML dumper that quotes the strings that `read_yaml` refuses without quotes."""
+    """YAML dumper that quotes the strings that `read_yaml` refuses, or takes for numbers, without quotes."""
 
 
+_Dumper.add_implicit_resolver(*_EXPONENT)
 _Dumper.add_representer(
     str,
     lambda dumper, text: dumper.represent_scalar(
@@ -184,7 +186,9 @@ def _walk(node: yaml.Node, prefix: str, lines: dict[str, int], path: Path) -> No
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
                 found = getattr(key, "value", "a list or a mapping")
-                raise ConfigError(f"{display(path)}:{key.start_mark.line + 1}: a key must be a name; found {found!r}")
+                hint = "; `<<` is not supported: write the keys out, or `extends` another file" * (found == "<<")
+                where = f"{display(path)}:{key.start_mark.line + 1}"
+                raise ConfigError(f"{where}: a key must be a name; found {found!r}{hint}")
             _record(key.value, key, value, prefix, lines, path)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):

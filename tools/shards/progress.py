@@ -174,10 +174,14 @@ def frames(
     if not source.is_dir():
         raise DataError(f"{source}: no such folder; give the folder of the pictures")
     out.mkdir(parents=True, exist_ok=True)
+    named: dict[Path, Path] = {}
     for one in sequences_below(source):
         relative = one.relative_to(source)
         name = "-".join(relative.with_suffix("").parts if one.is_file() else relative.parts) or source.resolve().name
         target = out / f"{name}.mkv"
+        if (other := named.setdefault(target, one)) is not one:
+            raise DataError(f"{other} and {one} would both become {target}; rename one of them")
+    for target, one in named.items():
         if target.exists():
             typer.echo(f"{target}: is there")
         else:

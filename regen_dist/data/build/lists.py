@@ -200,8 +200,15 @@ def _raw_rows(
         reader = csv.DictReader(file, delimiter=separator, strict=True, skipinitialspace=True)
         _need(needed, reader.fieldnames or ())
         found |= dict.fromkeys(reader.fieldnames or ())
-        for values in reader:
-            yield f"line {reader.line_num}", values
+        last = reader.line_num
+        try:
+            for values in reader:
+                yield f"line {reader.line_num}", values
+                last = reader.line_num
+        except csv.Error as error:
+            raise ValueError(
+                f"the row that begins at line {last + 1}: {error}; in a text in quotes, write each quote twice"
+            ) from error
     elif suffix == ".jsonl":
         # Not splitlines: a caption may hold U+2028, which JSON leaves as it is.
         for number, line in enumerate(data.decode("utf-8-sig").split("\n"), 1):

@@ -239,7 +239,8 @@ class Copies:
     def _origin(self, part: BuildPart, number: int) -> Origin:
         source = part.sources[number]
         path = source.local or self._of(part) / f"{number:06d}{source.suffix}"
-        return Origin(source.folder, source.file, source.text, path)
+        text = None if source.caption else source.text  # that of a list counts: nothing is read in vain
+        return Origin(source.folder, source.file, text, path)
 
 
 def uncopied_origin(source: VideoSource) -> Origin:

@@ -129,7 +129,7 @@ class CacheFacts:
     """Description of the latents in a cache's manifest.
 
     `fingerprint` covers everything that determines the latents; `num_frames` is the frames of a clip (k + 1); `fps` the
-    most frequent frame rate of the encoded videos; `text` the description of the text encoder, with its `width`;
+    median frame rate of the encoded clips; `text` the description of the text encoder, with its `width`;
     `statistics` those of the latents, as JSON; `null_text` the name of the object with the empty caption's embedding.
     `text` and `null_text` are None in a cache without text.
     """

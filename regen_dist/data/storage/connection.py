@@ -40,6 +40,8 @@ LOOKED_AT = {
     "AZURE_TENANT_ID and AZURE_CLIENT_SECRET or AZURE_FEDERATED_TOKEN_FILE, the managed identity",
 }
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
+_ADDRESS = re.compile(r"https?://[^\s/]+(/\S*)?")
+_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _CHAINS = (
     "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
@@ -98,6 +100,7 @@ def open_backend(place: Location, limits: StoreLimits, *, writing: bool = False)
 
     if place.scheme in WEB_SCHEMES:
         return open_web(place, _client(limits, writing), _retries(limits, writing))
+    _check_environment(place)
     more: dict[str, Any] = {}
     if place.scheme == "s3" and (provider := _s3_provider(place)) is not None:
         more = {"credential_provider": provider}
@@ -185,6 +188,20 @@ def no_credentials(place: Location) -> AccessDenied:
     """Return the error for a store without credentials."""
     hint = "; ~/.aws is read only when AWS_PROFILE is set" if place.scheme == "s3" else ""
     return AccessDenied(f"{place.url}: no credentials were found; checked {LOOKED_AT[place.scheme]}{hint}")
+
+
+def _check_environment(place: Location) -> None:
+    """Raise AccessDenied for variables of the service that obstore cannot use: it would panic at the first request."""
+    prefix = {"s3": "AWS_", "az": "AZURE_"}.get(place.scheme, place.scheme)
+    for name in (each for each in ENDPOINTS if each.startswith(prefix)):
+        if not _ADDRESS.fullmatch(os.environ.get(name, "http://none")):
+            raise AccessDenied(
+                f"{place.url}: {name} is not the address of a server; write http://HOST:PORT or https://HOST, or unset "
+                "it where there is none of your own"
+            )
+    for name in _KEYS if place.scheme == "s3" else ():
+        if re.search(r"\s", os.environ.get(name, "")):
+            raise AccessDenied(f"{place.url}: {name} holds a space or the end of a line; set it without")
 
 
 def _client(limits: StoreLimits, writing: bool) -> ClientConfig:

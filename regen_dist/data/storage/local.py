@@ -64,8 +64,10 @@ class LocalFolder:
                         try:
                             found[name] = _info(path)
                         except FileNotFoundError:
-                            if path.is_symlink():  # a dangling link; anything else was deleted meanwhile
-                                raise
+                            if path.is_symlink():  # anything else was deleted meanwhile
+                                raise ObjectMissing(
+                                    f"{path}: a link that leads nowhere; remove it, or bring back what it leads to"
+                                ) from None
         return Listing(found, {})
 
     def put_file(self, name: str, path: Path) -> None:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from regen_dist.config import load_config, load_saved_config, save_config, to_yaml
-from regen_dist.config.exported import EXPORT_CONFIG_FILE, ExportConfig, load_export_config
+from regen_dist.config.exported import EXPORT_CONFIG_FILE, ExportConfig, OriginConfig, load_export_config
 from regen_dist.errors import ConfigError
 from tests.helpers.tiny import tiny_model, tiny_run
 
@@ -61,6 +61,16 @@ def test_a_saved_config_keeps_its_variant(tmp_path: Path) -> None:
     assert load_saved_config(config.folder) == config
     (tmp_path / EXPORT_CONFIG_FILE).write_text(ExportConfig.of(config).to_yaml())
     assert load_export_config(tmp_path).model == config.model
+
+
+def test_an_export_whose_origin_looks_like_a_number_reads_back(tmp_path: Path) -> None:
+    data = {"data.image_fraction": "1e-05", "data.mixture weights": "None"}
+    origin = OriginConfig(
+        run="1e-4", step=1, samples=8, config_hash="0", version="1e3", saved_at="2026-01-01T00:00:00", data=data
+    )
+    export = ExportConfig.of(tiny_run()).model_copy(update={"origin": origin})
+    (tmp_path / EXPORT_CONFIG_FILE).write_text(export.to_yaml())
+    assert load_export_config(tmp_path) == export
 
 
 NUMBERS = ["optimizer.lr", "optimizer.weight_decay", "optimizer.clip_norm", "guards.spike.threshold",

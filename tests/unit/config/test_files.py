@@ -207,6 +207,19 @@ def test_a_wrong_override_is_one_problem_of_the_command_line(override: str, expe
     assert expected in only
 
 
+@pytest.mark.parametrize("value", ["1e-3", "${oc.env:HOME}", "${train.steps}"])
+def test_a_key_with_dots_in_a_file_is_told_how_to_nest_it(value: str, write: Write) -> None:
+    (only,) = problems(write("a.yaml", COMPLETE + f"optimizer.lr: {value}\n"))
+    assert only.startswith("a.yaml:12: optimizer.lr: a file has its sections nested, as in `train: {steps: 100}`")
+
+
+@pytest.mark.parametrize("value", ["", " adamw", " [1, 2]"])
+def test_what_is_no_section_is_told_what_one_is(value: str, write: Write) -> None:
+    (only,) = problems(write("a.yaml", COMPLETE + f"optimizer:{value}\n"))
+    assert only.startswith("a.yaml:12: optimizer: found ")
+    assert "allowed: a section, its keys indented below" in only
+
+
 def test_a_number_for_a_name_is_told_how_to_quote_it(write: Write) -> None:
     (only,) = problems(write("a.yaml", COMPLETE), "name=007.1")
     assert "found 7.1 (float); allowed: a valid string; quote it" in only
@@ -222,6 +235,7 @@ def test_a_number_for_a_name_is_told_how_to_quote_it(write: Write) -> None:
         ("a: 1\nb:\n\t- 2\n", "a.yaml:3: not valid YAML"),
         ("name: x\nname: y\n", "a.yaml:2: name stands twice (first on line 1)"),
         ("on: 1\n", "a.yaml:1: a key must be a name"),
+        ("a: &a {b: 1}\nc: {<<: *a}\n", "a.yaml:2: a key must be a name; found '<<'; `<<` is not supported"),
         ("extends: {a: b}\n", "allowed: a path, or a list of paths"),
         ("extends: nowhere.yaml\n", "nowhere.yaml: no such file"),
         ("a: \x00\n", "not valid YAML"),

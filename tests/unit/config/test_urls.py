@@ -73,6 +73,12 @@ def test_secrets_are_refused_and_not_repeated(url: str) -> None:
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize("url", ["s3:/bucket/x", "gs:/bucket", "https:/host/x"])
+def test_one_slash_is_no_folder_here(url: str) -> None:
+    with pytest.raises(ValueError, match=f"has one slash.*write {url.partition('/')[0]}//"):
+        parse_url(url)
+
+
 @pytest.mark.parametrize("url", ["s3:///prefix", "", "  "])
 def test_a_bucket_and_a_path_are_needed(url: str) -> None:
     with pytest.raises(ValueError, match=r"no bucket|empty"):

@@ -59,7 +59,7 @@ def test_what_is_meant_is_taken(config: Path) -> None:
     assert load_config(config, ["checkpoint.url=null"]).checkpoint.url is None
 
 
-@pytest.mark.parametrize("text", ODD)
+@pytest.mark.parametrize("text", [*ODD, "1e-4", "7E12", "12e4567"])
 def test_a_saved_config_reads_back(text: str, tmp_path: Path) -> None:
     """A text that was quoted stays quoted in the run folder."""
     config = tiny_run(tmp_path, checkpoint__url=text)

@@ -141,6 +141,19 @@ def test_one_a_line_in_the_order_of_the_dataset(dataset: Path, tmp_path: Path) -
     assert "fewer" not in said
 
 
+def test_two_folders_of_pictures_never_become_one_video(tmp_path: Path) -> None:
+    for name in ("a/b", "a-b"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "pictures" / name / "0.png")
+    words = ("frames", str(tmp_path / "pictures"), "--out", str(tmp_path / "out"), "--fps", "24")
+    with pytest.raises(DataError, match=r"pictures/a/b and .*pictures/a-b would both become .*out/a-b\.mkv"):
+        run(*words)
+    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "pictures" / "a-b").rename(tmp_path / "pictures" / "c")
+    assert run(*words).count("1 frames") == 2
+    assert run(*words).count("is there") == 2
+
+
 def test_first_frames(tmp_path: Path) -> None:
     """By the numbers that the captions have as prompts; each is its video's, pixel for pixel."""
     options = SyntheticOptions(number=4, seed=2, side=32, frames=5)

@@ -430,6 +430,7 @@ def test_captions_of_lists_and_of_texts_reach_index_and_tar(sources: Path, tmp_p
     shutil.copytree(sources, folder)
     (folder / "tall.txt").write_text(" from the text\n")
     (folder / "wide.txt").write_bytes(b"\xff\xfe")
+    (folder / "more" / "short one.txt").write_bytes(b"\xff\xfe")  # a list gives the caption: nobody needs it
     (folder / "captions.csv").write_text('video,caption\nshort one.mkv,"a square, moving"\n')
     manifest = manifest_of(
         build_shards([folder], tmp_path / "out", OPTIONS, captions=folder / "captions.csv", workers=0)

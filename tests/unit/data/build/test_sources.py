@@ -208,6 +208,8 @@ def test_what_is_no_list_is_told(videos: Path) -> None:
         ("l.csv", b"video\n", "the list is empty"),
         ("l.csv", b"video\n\xff\n", r"cannot be read as a list: not UTF-8 \(byte 6\); save it as UTF-8"),
         ("l.csv", b"video;caption\nb.mp4;x;y\n", "more fields than columns; put a text that holds the separator"),
+        ("l.csv", b'video,caption\nb.mp4,x\nb.mp4,"a" b\n', "the row that begins at line 3: .* write each quote twice"),
+        ("l.csv", b'video,caption\nb.mp4,"x\nb.mp4,y\n', "the row that begins at line 2: unexpected end of data"),
         ("l.parquet", b"PAR1 no", "cannot be read as a list"),
         ("l.jsonl", b"\n\n", "the list is empty"),
     ):

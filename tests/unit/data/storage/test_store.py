@@ -284,6 +284,25 @@ def test_azure_is_read_at_its_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
         server.shutdown()
 
 
+@pytest.mark.parametrize(
+    ("url", "name", "value"),
+    [
+        *(("s3://bucket/x", f"AWS_ENDPOINT_URL{end}", value) for end in ("", "_S3") for value in ("", "host:9000")),
+        ("s3://bucket/x", "AWS_ENDPOINT_URL", " http://127.0.0.1:9"),
+        ("s3://bucket/x", "AWS_ACCESS_KEY_ID", "key\n"),
+        ("az://container/x", "AZURE_STORAGE_ENDPOINT", "host:9000"),
+    ],
+)
+def test_variables_that_obstore_cannot_use_are_named(
+    url: str, name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It panics at the first request, by an exception that is no Exception."""
+    account = {"AZURE_STORAGE_ACCOUNT_NAME": "account", "AZURE_STORAGE_ACCOUNT_KEY": "c2VjcmV0"}
+    use(monkeypatch, {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"} | account | {name: value})
+    with pytest.raises(AccessDenied, match=f"{url}: {name} (is not the address of a server|holds a space)"):
+        Store(url, StoreLimits(deadline_s=1.0)).get("one.bin")
+
+
 def test_neighbours_share_a_request() -> None:
     ranges = [(100, 10), (0, 10), (15, 5), (12, 4), (300, 0), (110, 1)]
     assert join_ranges(ranges, 0) == [ByteSpan(0, 10, (1,)), ByteSpan(12, 20, (3, 2)), ByteSpan(100, 111, (0, 5))]
@@ -327,5 +346,5 @@ def test_what_is_deleted_while_a_folder_is_listed_is_left_out(tmp_path: Path, mo
         patch.setattr(os, "walk", walk_and_delete)
         assert list(store.list()) == ["b"]
     (tmp_path / "c").symlink_to(tmp_path / "absent")
-    with pytest.raises(ObjectMissing):
+    with pytest.raises(ObjectMissing, match=f"{tmp_path}/c: a link that leads nowhere"):
         store.list()

@@ -36,6 +36,15 @@ def test_a_step_waits_for_the_one_above_it() -> None:
     assert found.ordered == ["a", "b", "c", "d"]
 
 
+def test_a_name_with_dots_may_have_references() -> None:
+    text = "name: p\nvariables: {{d: x}}\nsteps:\n  a.v1: {{command: [config, show, '{}'], array: {}}}\n"
+    assert load(text.format("${variables.d}/y", 2)).steps["a.v1"].command == ("config", "show", "x/y")
+    found = refusal(text.format("${variables.nobody}", "no"))
+    assert "p.yaml:4: steps.a.v1.array: found 'no' without quotes" in found[1]
+    assert "p.yaml:4: steps.a.v1.command.2: '${variables.nobody}' cannot be resolved" in found[2]
+    assert len(found) == 3
+
+
 def test_a_step_may_stand_below_what_waits_for_it() -> None:
     """A file that extends another adds its steps at the end, wherever they belong."""
     Path("base.yaml").write_text(f"name: p\nsteps:\n  a: {{{LOOK}}}\n  b: {{{LOOK}}}\n")
