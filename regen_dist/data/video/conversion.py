@@ -424,6 +424,10 @@ class Orientation(NamedTuple):
             return cls(False, d < 0, a < 0)
         return cls(True, b < 0, c < 0)
 
+    def shown(self, frame: VideoFrame) -> tuple[int, int]:
+        """Height and width of a frame of this orientation as it is shown."""
+        return (frame.width, frame.height) if self.turned else (frame.height, frame.width)
+
     def apply(self, plane: UInt8s) -> UInt8s:
         """A picture [H, W, ...] as it is shown: a view of it."""
         shown = plane.swapaxes(0, 1) if self.turned else plane
@@ -435,7 +439,7 @@ UPRIGHT = Orientation()
 
 def shown_sides(frame: VideoFrame) -> tuple[int, int]:
     """Height and width of a frame as it is shown."""
-    return (frame.width, frame.height) if Orientation.of(frame).turned else (frame.height, frame.width)
+    return Orientation.of(frame).shown(frame)
 
 
 class Geometry(NamedTuple):
@@ -471,16 +475,21 @@ def frame_to_rgb(frame: VideoFrame, height: int | None = None, width: int | None
 
 
 def frame_to_planes(
-    frame: VideoFrame, height: int | None = None, width: int | None = None, reformatter: VideoReformatter | None = None
+    frame: VideoFrame,
+    height: int | None = None,
+    width: int | None = None,
+    reformatter: VideoReformatter | None = None,
+    orientation: Orientation | None = None,
 ) -> tuple[UInt8s, UInt8s, UInt8s]:
     """Convert a frame like `frame_to_rgb`, but to three planes uint8 [height, width], which may be views of one frame.
 
     Planes, because swscale makes them in a third of the time that it takes for the same pixels interleaved.
-    `reformatter` is kept over the frames of a clip: its tables are made once.
+    `reformatter` is kept over the frames of a clip: its tables are made once. `orientation` is the frame's where it is
+    known: reading it takes as long as resizing a small frame.
     """
     from av.video.reformatter import VideoReformatter
 
-    orientation = Orientation.of(frame)
+    orientation = orientation or Orientation.of(frame)
     rows, columns = (width, height) if orientation.turned else (height, width)
     scaled = (reformatter or VideoReformatter()).reformat(
         frame, width=columns, height=rows, format="gbrp", interpolation=RESIZE, threads=1

@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from regen_dist.data.video.container import MADE_UP, Aspects, BufferFile, choose_video, is_cut, is_repeat
-from regen_dist.data.video.conversion import Converter, Geometry, UInt8s, deinterlaced, frame_to_planes, shown_sides
+from regen_dist.data.video.conversion import (
+    Converter,
+    Geometry,
+    Orientation,
+    UInt8s,
+    deinterlaced,
+    frame_to_planes,
+    shown_sides,
+)
 from regen_dist.data.video.timing import FrameTable, gaps, presentation_times
 from regen_dist.errors import DataError
 
@@ -461,8 +469,11 @@ def read_clip(
     clip = np.empty((3, len(numbers), rows, columns), dtype=np.uint8) if out is None else out
     reformatter, index = VideoReformatter(), 0
     sides: tuple[int, int] | None = None
+    turned: int | None = None
     for number, frame in reader.frames(numbers):
-        shown = shown_sides(frame)
+        if frame.rotation != turned:  # which is read at once, the whole orientation is not
+            turned, orientation = frame.rotation, Orientation.of(frame)
+        shown = orientation.shown(frame)
         if sides not in (None, shown):
             raise DataError(
                 f"the picture changes its size at frame {number}"
@@ -473,7 +484,7 @@ def read_clip(
         while index < len(numbers) and numbers[index] == number:
             index += 1
         with _av_failures("cannot be converted to R'G'B'"):
-            planes = frame_to_planes(frame, geometry.height, geometry.width, reformatter)
+            planes = frame_to_planes(frame, geometry.height, geometry.width, reformatter, orientation)
         for channel, plane in enumerate(planes):
             clip[channel, start:index] = plane[part][:, ::-1] if flip else plane[part]
     return clip
