@@ -483,9 +483,8 @@ def frame_to_planes(
 ) -> tuple[UInt8s, UInt8s, UInt8s]:
     """Convert a frame like `frame_to_rgb`, but to three planes uint8 [height, width], which may be views of one frame.
 
-    Planes, because swscale makes them in a third of the time that it takes for the same pixels interleaved.
-    `reformatter` is kept over the frames of a clip: its tables are made once. `orientation` is the frame's where it is
-    known: reading it takes as long as resizing a small frame.
+    Planes, because swscale makes them in a third of the time of interleaved pixels. A `reformatter` that is kept over a
+    clip makes its tables once; an `orientation` that is known need not be read, which takes as long as a small frame.
     """
     from av.video.reformatter import VideoReformatter
 

@@ -21,15 +21,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from regen_dist.data.video.container import MADE_UP, Aspects, BufferFile, choose_video, is_cut, is_repeat
-from regen_dist.data.video.conversion import (
-    Converter,
-    Geometry,
-    Orientation,
-    UInt8s,
-    deinterlaced,
-    frame_to_planes,
-    shown_sides,
-)
+from regen_dist.data.video.conversion import Converter, Geometry, Orientation, UInt8s, deinterlaced, frame_to_planes
 from regen_dist.data.video.timing import FrameTable, gaps, presentation_times
 from regen_dist.errors import DataError
 
@@ -124,7 +116,8 @@ class VideoReader:
 
     def info(self) -> VideoInfo:
         """Frames, sides and rate; decodes the first frame, for only it has the rotation."""
-        height, width = shown_sides(self._first_whole())
+        frame = self._first_whole()
+        height, width = Orientation.of(frame).shown(frame)
         return VideoInfo(len(self.table.pts), height, width, float(self.rate))
 
     def _first_whole(self) -> VideoFrame:
