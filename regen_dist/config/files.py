@@ -364,10 +364,11 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # a full disk names no file, or another
-        raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk names no file, or another
+            raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
+        raise
 
 
 AnyRunConfig = EmbedderConfig | T2VConfig

@@ -49,7 +49,7 @@ def test_shapes_of_a_pretended_share(length: int, own: int) -> None:
 
 
 def test_windows_are_cut_from_the_whole_row() -> None:
-    """What attention works on has the grid's tokens, of a share of the heads."""
+    """Attention works on all tokens of the grid, and on a share of the heads."""
     grid, config = (3, 4, 5), AttentionConfig(pattern="window", window=(2, 2, 2))
     share = SimulatedSequenceParallel(2).share(60)
     x = torch.randn(1, 4, 30, 8)
@@ -57,7 +57,7 @@ def test_windows_are_cut_from_the_whole_row() -> None:
 
 
 def test_every_row_of_a_model_is_shared() -> None:
-    """Of the embedder the decoder, of text to video the model itself; nothing of the baseline."""
+    """The decoder of the embedder, the whole model of text to video; nothing of the baseline."""
     rows = SimulatedSequenceParallel(2)
     models = [build_model(each) for each in (tiny_model(), tiny_t2v_model(), tiny_model(kind="magvit2"))]
     for model in models:
@@ -98,7 +98,7 @@ def test_groups_of_tokens_have_the_modulation_of_their_frame(size: int, index: i
 
 
 def test_a_rank_keeps_the_modulation_of_its_own_tokens_alone() -> None:
-    """Of rows with given frames, where every frame has its own."""
+    """Rows with given frames, where every frame has its own."""
     model, kept = tiny_t2v_model(width=64, heads=8, blocks=1), {"activation_checkpointing": True, "given_frames": True}
     one, eight = (
         count_row_flops(model, 16, (16, 16), 5, sequence_parallel=size, **kept).activation_bytes for size in (1, 8)

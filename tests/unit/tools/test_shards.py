@@ -155,7 +155,7 @@ def test_two_folders_of_pictures_never_become_one_video(tmp_path: Path) -> None:
 
 
 def test_first_frames(tmp_path: Path) -> None:
-    """By the numbers that the captions have as prompts; each is its video's, pixel for pixel."""
+    """Pictures have the numbers of their captions as prompts; each is its video's, pixel for pixel."""
     options = SyntheticOptions(number=4, seed=2, side=32, frames=5)
     build_synthetic(tmp_path / "data", options, workers=0)
     run_captions(
@@ -235,7 +235,7 @@ def test_a_command_that_begins_anew_does_not_promise_to_continue(capsys: pytest.
 
 
 def test_an_index_that_is_stopped_asks_to_be_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the other commands that make datasets, whose jobs are requeued then."""
+    """The other commands that make datasets do so too: their jobs are requeued then."""
     monkeypatch.setattr(foreign, "index_tars", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     assert CliRunner().invoke(shards.app, ["index", str(tmp_path)]).exit_code == EXIT_RESUME
 
